@@ -1,0 +1,46 @@
+// Package v1alpha1 holds the API of serviceproxy-operator, group networking.serviceproxy.io.
+//
+// Users write ServiceProxyPolicy. The controller writes AllocationClaim and ServiceAssignment, the agents write the
+// status of NodeProxyState. Every rule on a field is stated in its schema (CEL where patterns do not suffice), so that a
+// wrong object is refused by the API server with a message that names the field, the value and what would be valid.
+//
+// +kubebuilder:object:generate=true
+// +groupName=networking.serviceproxy.io
+package v1alpha1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+)
+
+// GroupVersion identifies this API: networking.serviceproxy.io/v1alpha1.
+var GroupVersion = schema.GroupVersion{Group: "networking.serviceproxy.io", Version: "v1alpha1"}
+
+// AddToScheme registers the types of this package with a scheme.
+func AddToScheme(scheme *runtime.Scheme) error {
+	scheme.AddKnownTypes(GroupVersion,
+		&ServiceProxyPolicy{}, &ServiceProxyPolicyList{},
+		&ServiceAssignment{}, &ServiceAssignmentList{},
+		&AllocationClaim{}, &AllocationClaimList{},
+		&NodeProxyState{}, &NodeProxyStateList{},
+	)
+	metav1.AddToGroupVersion(scheme, GroupVersion)
+	return nil
+}
+
+const (
+	// ServiceProxyName is the value of the Service label service.kubernetes.io/service-proxy-name that hands a Service
+	// to this proxy and makes kube-proxy ignore it. A Service with another value is never covered.
+	ServiceProxyName = "serviceproxy.io"
+
+	// ManagedBy is the value of the labels app.kubernetes.io/managed-by and ipaddress.kubernetes.io/managed-by on every
+	// object this operator creates. Objects without it are not ours and are never changed or deleted.
+	ManagedBy = "serviceproxy-operator"
+
+	// LabelPolicy names the ServiceProxyPolicy that an object of ours exists for.
+	LabelPolicy = "networking.serviceproxy.io/policy"
+
+	// FinalizerPolicy holds a ServiceProxyPolicy while allocations from its ranges exist.
+	FinalizerPolicy = "networking.serviceproxy.io/policy-in-use"
+)

@@ -1,0 +1,122 @@
+package v1alpha1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// NodeProxyStateSpec is what the controller tells the agent of a node.
+type NodeProxyStateSpec struct {
+	// reportInterval is the shortest time between two reports of the agent. The controller lengthens it with the number of
+	// nodes, so that all agents together write at a bounded rate.
+	// +optional
+	// +default="1s"
+	// +kubebuilder:validation:XValidation:rule="self >= duration('100ms') && self <= duration('5m')",message="must be between 100ms and 5m"
+	ReportInterval *metav1.Duration `json:"reportInterval,omitempty"`
+}
+
+// NodeProxyMode tells whether a node can do a proxy mode.
+type NodeProxyMode struct {
+	// mode is the proxy mode.
+	// +required
+	Mode ProxyMode `json:"mode"`
+	// available says whether the node can do it. It was tried, not guessed from a version.
+	Available bool `json:"available"`
+	// message says what is missing.
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Message string `json:"message,omitempty"`
+	// services is how many service ports the mode forwards on this node now.
+	Services int32 `json:"services"`
+}
+
+// Condition types of a NodeProxyState.
+const (
+	// NodeProxyReady: the kernel holds what the agent wants it to.
+	NodeProxyReady = "Ready"
+)
+
+// NodeProxyStateStatus is what an agent's kernel holds. The two revisions are marks: every object up to and including this
+// resourceVersion is in the kernel. They compare only within one resource type.
+type NodeProxyStateStatus struct {
+	// assignmentRevision is the newest ServiceAssignment resourceVersion that the kernel holds.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	AssignmentRevision string `json:"assignmentRevision,omitempty"`
+
+	// endpointSliceRevision is the newest EndpointSlice resourceVersion that the kernel holds.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	EndpointSliceRevision string `json:"endpointSliceRevision,omitempty"`
+
+	// lastAppliedTime is when the kernel was last changed.
+	// +optional
+	LastAppliedTime *metav1.Time `json:"lastAppliedTime,omitempty"`
+
+	// modes tells which proxy modes the node can do.
+	// +optional
+	// +listType=map
+	// +listMapKey=mode
+	// +kubebuilder:validation:MaxItems=8
+	Modes []NodeProxyMode `json:"modes,omitempty"`
+
+	// services is how many service ports are forwarded.
+	// +optional
+	Services int32 `json:"services,omitempty"`
+
+	// endpoints is how many endpoints they have in all.
+	// +optional
+	Endpoints int32 `json:"endpoints,omitempty"`
+
+	// driftRepairs is how often something else changed our rules and the agent repaired them since it started.
+	// +optional
+	DriftRepairs int64 `json:"driftRepairs,omitempty"`
+
+	// agentVersion is the version of the agent.
+	// +optional
+	// +kubebuilder:validation:MaxLength=128
+	AgentVersion string `json:"agentVersion,omitempty"`
+
+	// conditions: Ready.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	// +kubebuilder:validation:MaxItems=8
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// NodeProxyState is what one node has programmed. It has the node's name and is created by the controller; the node's agent writes its status.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=nps,categories=serviceproxy
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Services",type=integer,JSONPath=`.status.services`
+// +kubebuilder:printcolumn:name="Endpoints",type=integer,JSONPath=`.status.endpoints`
+// +kubebuilder:printcolumn:name="Modes",type=string,JSONPath=`.status.modes[?(@.available==true)].mode`
+// +kubebuilder:printcolumn:name="Applied",type=date,JSONPath=`.status.lastAppliedTime`
+// +kubebuilder:printcolumn:name="Repairs",type=integer,JSONPath=`.status.driftRepairs`,priority=1
+// +kubebuilder:printcolumn:name="Assignments-At",type=string,JSONPath=`.status.assignmentRevision`,priority=1
+// +kubebuilder:printcolumn:name="EndpointSlices-At",type=string,JSONPath=`.status.endpointSliceRevision`,priority=1
+// +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.agentVersion`,priority=1
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type NodeProxyState struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// spec is what the controller tells the agent.
+	// +optional
+	// +default={}
+	Spec NodeProxyStateSpec `json:"spec,omitempty"`
+
+	// status is what the node's kernel holds.
+	// +optional
+	Status NodeProxyStateStatus `json:"status,omitempty"`
+}
+
+// NodeProxyStateList is a list of NodeProxyState.
+// +kubebuilder:object:root=true
+type NodeProxyStateList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []NodeProxyState `json:"items"`
+}
