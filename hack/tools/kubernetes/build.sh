@@ -23,8 +23,12 @@ if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   exit 0
 fi
 
-version=$(awk '$1 == "k8s.io/kubernetes" && NF == 2 { print $2 }' "$here/go.mod")
-etcd_version=$(awk '$1 == "go.etcd.io/etcd/server/v3" && NF == 2 { print $2 }' "$here/go.mod")
+version_of() { # MODULE: the version that go.mod requires
+  awk -v module="$1" '$1 == module && $2 ~ /^v/ { print $2; found = 1 } END { exit !found }' "$here/go.mod" ||
+    { echo "$here/go.mod requires no $1" >&2 && return 1; }
+}
+version=$(version_of k8s.io/kubernetes)
+etcd_version=$(version_of go.etcd.io/etcd/server/v3)
 key=$(cat "$here/go.mod" "$here/go.sum" | sha256sum | cut -c1-12)
 out="${SERVICEPROXY_TOOLS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/serviceproxy-operator}/kubernetes-$version-$key"
 mkdir -p "$out"
