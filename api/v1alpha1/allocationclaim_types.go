@@ -45,23 +45,28 @@ type ClaimHolder struct {
 
 	// uid of the Service. Empty while the claim is Reserved.
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=64
 	UID types.UID `json:"uid,omitempty"`
 }
 
 // AllocationClaimSpec says what is locked, for whom, and how firmly.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.address) != has(self.nodePort)",message="exactly one of address and nodePort must be set"
-// +kubebuilder:validation:XValidation:rule="has(self.nodePort) == (self.use in ['NodePort', 'HealthCheckNodePort'])",message="use must be NodePort or HealthCheckNodePort for a node port, and ClusterIP, AdditionalIP or LoadBalancerIP for an address",fieldPath=".use"
-// +kubebuilder:validation:XValidation:rule="has(self.address) == has(oldSelf.address) && (!has(self.address) || self.address == oldSelf.address)",message="address is immutable: the claim's name locks it",fieldPath=".address"
-// +kubebuilder:validation:XValidation:rule="has(self.nodePort) == has(oldSelf.nodePort) && (!has(self.nodePort) || self.nodePort == oldSelf.nodePort)",message="nodePort is immutable: the claim's name locks it",fieldPath=".nodePort"
-// +kubebuilder:validation:XValidation:rule="self.state != 'Bound' || (has(self.holder.name) && has(self.holder.uid))",message="a Bound claim must name its holder's name and uid",fieldPath=".holder"
-// +kubebuilder:validation:XValidation:rule="(self.state == 'Released') == has(self.expiresAt)",message="expiresAt must be set when state is Released, and only then",fieldPath=".expiresAt"
+// +kubebuilder:validation:XValidation:rule="has(self.address) == has(self.nodePort) || has(self.nodePort) == (self.use in ['NodePort', 'HealthCheckNodePort'])",messageExpression="has(self.nodePort) ? 'must be NodePort or HealthCheckNodePort for a node port' : 'must be ClusterIP, AdditionalIP or LoadBalancerIP for an address'",message="must suit what is claimed",fieldPath=".use"
+// +kubebuilder:validation:XValidation:rule="has(self.address) == has(oldSelf.address) && (!has(self.address) || self.address == oldSelf.address)",message="is immutable: the claim's name locks it",fieldPath=".address"
+// +kubebuilder:validation:XValidation:rule="has(self.nodePort) == has(oldSelf.nodePort) && (!has(self.nodePort) || self.nodePort == oldSelf.nodePort)",message="is immutable: the claim's name locks it",fieldPath=".nodePort"
+// +kubebuilder:validation:XValidation:rule="self.state != 'Bound' || (has(self.holder.name) && has(self.holder.uid))",message="must have name and uid when state is Bound",fieldPath=".holder"
+// +kubebuilder:validation:XValidation:rule="(self.state == 'Released') == has(self.expiresAt)",message="must be set when state is Released, and only then",fieldPath=".expiresAt"
+// +kubebuilder:validation:XValidation:rule="oldSelf.state != 'Bound' || self.state != 'Reserved'",message="must not go from Bound back to Reserved: a Bound claim is Released first",fieldPath=".state"
+// +kubebuilder:validation:XValidation:rule="oldSelf.state != 'Bound' || self.state != 'Bound' || self.holder == oldSelf.holder",message="must not change while the claim is Bound: a Bound claim is Released first",fieldPath=".holder"
 type AllocationClaimSpec struct {
 	// address is the claimed address in canonical form.
 	// +optional
 	// +kubebuilder:validation:MinLength=2
 	// +kubebuilder:validation:MaxLength=39
-	// +kubebuilder:validation:XValidation:rule="isIP(self) && ip.isCanonical(self)",message="must be an IP address in canonical form"
+	// +kubebuilder:validation:XValidation:rule="isIP(self)",message="must be an IP address such as 10.99.13.178 or fd00:99::1"
+	// +kubebuilder:validation:XValidation:rule="!isIP(self) || ip.isCanonical(self)",messageExpression="'must be in canonical form: %s'.format([string(ip(self))])",message="must be in canonical form"
 	Address string `json:"address,omitempty"`
 
 	// nodePort is the claimed node port, for all protocols.
@@ -112,7 +117,7 @@ type AllocationClaimSpec struct {
 // +kubebuilder:printcolumn:name="Policy",type=string,JSONPath=`.spec.policyName`
 // +kubebuilder:printcolumn:name="Expires",type=string,JSONPath=`.spec.expiresAt`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
-// +kubebuilder:validation:XValidation:rule="has(self.spec.nodePort) ? self.metadata.name == 'nodeport-' + string(self.spec.nodePort) : !has(self.spec.address) || !isIP(self.spec.address) || (ip(self.spec.address).family() == 4 ? self.metadata.name == self.spec.address : self.metadata.name.size() == 39 && isIP(self.metadata.name.replace('-', ':')) && ip(self.metadata.name.replace('-', ':')) == ip(self.spec.address))",message="name must be what the claim locks: the IPv4 address, the IPv6 address in full with dashes for colons (fd00-0099-0000-0000-0000-0000-0000-0001), or nodeport-PORT",fieldPath=".metadata.name"
+// +kubebuilder:validation:XValidation:rule="has(self.spec.nodePort) ? self.metadata.name.matches('^nodeport-[1-9][0-9]{0,4}$') && int(self.metadata.name.substring(9)) == self.spec.nodePort : !has(self.spec.address) || !isIP(self.spec.address) || (ip(self.spec.address).family() == 4 ? self.metadata.name == self.spec.address : self.metadata.name.size() == 39 && isIP(self.metadata.name.replace('-', ':')) && ip(self.metadata.name.replace('-', ':')) == ip(self.spec.address))",messageExpression="has(self.spec.nodePort) ? 'metadata.name must be nodeport-%d, the node port that the claim locks'.format([self.spec.nodePort]) : ip(self.spec.address).family() == 4 ? 'metadata.name must be %s, the address that the claim locks'.format([self.spec.address]) : 'metadata.name must be %s, the address that the claim locks, in full with dashes for colons, such as fd00-0099-0000-0000-0000-0000-0000-0001'.format([self.spec.address])",message="metadata.name must be what the claim locks"
 type AllocationClaim struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`

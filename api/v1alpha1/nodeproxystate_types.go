@@ -10,7 +10,10 @@ type NodeProxyStateSpec struct {
 	// nodes, so that all agents together write at a bounded rate.
 	// +optional
 	// +default="1s"
-	// +kubebuilder:validation:XValidation:rule="self >= duration('100ms') && self <= duration('5m')",message="must be between 100ms and 5m"
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=20
+	// +kubebuilder:validation:XValidation:rule="self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$')",message="must be a duration such as 200ms, 1s or 1m"
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$') || (duration(self) >= duration('100ms') && duration(self) <= duration('5m'))",message="must be between 100ms and 5m"
 	ReportInterval *metav1.Duration `json:"reportInterval,omitempty"`
 }
 
@@ -92,7 +95,7 @@ type NodeProxyStateStatus struct {
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
 // +kubebuilder:printcolumn:name="Services",type=integer,JSONPath=`.status.services`
 // +kubebuilder:printcolumn:name="Endpoints",type=integer,JSONPath=`.status.endpoints`
-// +kubebuilder:printcolumn:name="Modes",type=string,JSONPath=`.status.modes[?(@.available==true)].mode`
+// +kubebuilder:printcolumn:name="Mode",type=string,JSONPath=`.status.modes[?(@.available==true)].mode`
 // +kubebuilder:printcolumn:name="Applied",type=date,JSONPath=`.status.lastAppliedTime`
 // +kubebuilder:printcolumn:name="Repairs",type=integer,JSONPath=`.status.driftRepairs`,priority=1
 // +kubebuilder:printcolumn:name="Assignments-At",type=string,JSONPath=`.status.assignmentRevision`,priority=1

@@ -23,7 +23,7 @@ type ServiceIP struct {
 	// +required
 	// +kubebuilder:validation:MinLength=2
 	// +kubebuilder:validation:MaxLength=39
-	// +kubebuilder:validation:XValidation:rule="isIP(self)",message="must be an IP address"
+	// +kubebuilder:validation:XValidation:rule="isIP(self) && ip.isCanonical(self)",message="must be an IP address in canonical form"
 	IP string `json:"ip"`
 
 	// source says where the address comes from: ClusterIP (spec.clusterIPs of the Service) or Additional (taken from the policy's range).
@@ -66,6 +66,9 @@ type ServiceAssignmentSpec struct {
 
 	// serviceUID is the UID of the Service that this assignment is for.
 	// +required
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=64
 	ServiceUID types.UID `json:"serviceUID"`
 
 	// proxyMode is how nodes forward the Service.
@@ -88,6 +91,7 @@ type ServiceAssignmentSpec struct {
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=256
 	// +kubebuilder:validation:items:MaxLength=39
+	// +kubebuilder:validation:items:XValidation:rule="isIP(self) && ip.isCanonical(self)",message="must be an IP address in canonical form"
 	ExternalIPs []string `json:"externalIPs,omitempty"`
 
 	// loadBalancerIPs are the addresses of the Service's load balancer that nodes forward (ipMode VIP).
@@ -95,6 +99,7 @@ type ServiceAssignmentSpec struct {
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=256
 	// +kubebuilder:validation:items:MaxLength=39
+	// +kubebuilder:validation:items:XValidation:rule="isIP(self) && ip.isCanonical(self)",message="must be an IP address in canonical form"
 	LoadBalancerIPs []string `json:"loadBalancerIPs,omitempty"`
 
 	// ports are the Service's ports.
@@ -133,6 +138,7 @@ type ServiceAssignmentSpec struct {
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=1024
 	// +kubebuilder:validation:items:MaxLength=43
+	// +kubebuilder:validation:items:XValidation:rule="isCIDR(self)",message="must be a CIDR such as 192.0.2.0/24"
 	LoadBalancerSourceRanges []string `json:"loadBalancerSourceRanges,omitempty"`
 
 	// healthCheckNodePort is the port at which a node tells whether it has local endpoints. Absent: none.
@@ -144,6 +150,7 @@ type ServiceAssignmentSpec struct {
 	// nodeSelector selects the nodes that forward the Service. Empty selects all.
 	// +optional
 	// +default={}
+	// +kubebuilder:validation:XValidation:rule="!has(self.matchExpressions) || self.matchExpressions.all(e, e.operator in ['In', 'NotIn'] ? has(e.values) && size(e.values) > 0 : e.operator in ['Exists', 'DoesNotExist'] && (!has(e.values) || size(e.values) == 0))",message="each entry must have operator In or NotIn with values, or Exists or DoesNotExist without",fieldPath=".matchExpressions"
 	NodeSelector metav1.LabelSelector `json:"nodeSelector,omitempty"`
 
 	// nodePortAddresses are the node addresses on which node ports are served: Primary, All, Localhost or CIDRs.
@@ -151,6 +158,7 @@ type ServiceAssignmentSpec struct {
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=16
 	// +kubebuilder:validation:items:MaxLength=43
+	// +kubebuilder:validation:items:XValidation:rule="self in ['Primary', 'Localhost', 'All'] || (isCIDR(self) && self == string(cidr(self).masked()))",message="must be Primary, Localhost, All or a CIDR in canonical form, such as 192.168.0.0/24"
 	NodePortAddresses []string `json:"nodePortAddresses,omitempty"`
 }
 
@@ -197,9 +205,9 @@ type ServiceAssignmentStatus struct {
 // +kubebuilder:resource:shortName=svca,categories=serviceproxy
 // +kubebuilder:printcolumn:name="Policy",type=string,JSONPath=`.spec.policyName`
 // +kubebuilder:printcolumn:name="Mode",type=string,JSONPath=`.spec.proxyMode`
-// +kubebuilder:printcolumn:name="Service-IPs",type=string,JSONPath=`.spec.serviceIPs[*].ip`
-// +kubebuilder:printcolumn:name="Ports",type=string,JSONPath=`.spec.ports[*].port`
-// +kubebuilder:printcolumn:name="Node-Ports",type=string,JSONPath=`.spec.ports[*].nodePort`
+// +kubebuilder:printcolumn:name="Service-IP",type=string,JSONPath=`.spec.serviceIPs[0].ip`
+// +kubebuilder:printcolumn:name="Port",type=integer,JSONPath=`.spec.ports[0].port`
+// +kubebuilder:printcolumn:name="Node-Port",type=integer,JSONPath=`.spec.ports[0].nodePort`
 // +kubebuilder:printcolumn:name="Allocated",type=string,JSONPath=`.status.conditions[?(@.type=="Allocated")].status`
 // +kubebuilder:printcolumn:name="Programmed",type=string,JSONPath=`.status.conditions[?(@.type=="Programmed")].status`
 // +kubebuilder:printcolumn:name="Nodes",type=integer,JSONPath=`.status.nodes.programmed`

@@ -53,21 +53,23 @@ const (
 
 // ServiceRange is a range of addresses that a policy gives to its Services.
 //
-// +kubebuilder:validation:XValidation:rule="!has(self.reserved) || !isCIDR(self.cidr) || self.reserved.all(r, (isIP(r) && cidr(self.cidr).containsIP(ip(r))) || (isCIDR(r) && cidr(self.cidr).containsCIDR(cidr(r))))",message="each entry of reserved must be an IP address or CIDR inside the range's cidr",fieldPath=".reserved"
+// +kubebuilder:validation:XValidation:rule="!has(self.reserved) || !isCIDR(self.cidr) || self.reserved.all(r, (!isIP(r) && !isCIDR(r)) || (isIP(r) ? cidr(self.cidr).containsIP(r) : cidr(self.cidr).containsCIDR(r)))",messageExpression="'%s does not lie inside the range %s'.format([self.reserved.filter(r, isIP(r) ? !cidr(self.cidr).containsIP(r) : isCIDR(r) && !cidr(self.cidr).containsCIDR(r))[0], self.cidr])",message="does not lie inside the range",fieldPath=".reserved"
+// +kubebuilder:validation:XValidation:rule="self.use == oldSelf.use",messageExpression="'is immutable, and was ' + oldSelf.use + ': set allocation Draining, take the range out of the policy when nothing holds an address of it, then add it again'",message="is immutable",fieldPath=".use"
 type ServiceRange struct {
 	// cidr is the range in canonical form, for example 10.99.0.0/16 or fd00:99::/112. An IPv4 range has a prefix length of 8
-	// to 30, an IPv6 range of 64 to 126. Loopback, link-local, multicast and unspecified addresses are not allowed. It identifies the range within the policy.
+	// to 30, an IPv6 range of 64 to 126. Loopback, link-local, multicast, reserved and unspecified addresses are not allowed.
+	// It identifies the range within the policy.
 	// +required
 	// +kubebuilder:validation:MinLength=3
 	// +kubebuilder:validation:MaxLength=43
 	// +kubebuilder:validation:XValidation:rule="isCIDR(self)",message="must be a CIDR such as 10.99.0.0/16 or fd00:99::/112"
-	// +kubebuilder:validation:XValidation:rule="!isCIDR(self) || self == string(cidr(self).masked())",message="must be in canonical form: host bits zero, no leading zeros, IPv6 compressed and in lower case (10.99.0.0/16, not 10.99.13.0/16)"
+	// +kubebuilder:validation:XValidation:rule="!isCIDR(self) || self == string(cidr(self).masked())",messageExpression="'must be in canonical form: %s'.format([string(cidr(self).masked())])",message="must be in canonical form"
 	// +kubebuilder:validation:XValidation:rule="!isCIDR(self) || (cidr(self).ip().family() == 4 ? cidr(self).prefixLength() >= 8 && cidr(self).prefixLength() <= 30 : cidr(self).prefixLength() >= 64 && cidr(self).prefixLength() <= 126)",message="prefix length must be 8 to 30 for IPv4 and 64 to 126 for IPv6"
-	// +kubebuilder:validation:XValidation:rule="!isCIDR(self) || !(cidr(self).ip().isLoopback() || cidr(self).ip().isLinkLocalUnicast() || cidr(self).ip().isLinkLocalMulticast() || cidr(self).ip().isUnspecified() || (cidr(self).ip().family() == 4 ? cidr('224.0.0.0/3').containsIP(cidr(self).ip()) || cidr('0.0.0.0/8').containsIP(cidr(self).ip()) || cidr('127.0.0.0/8').containsIP(cidr(self).ip()) : cidr('ff00::/8').containsIP(cidr(self).ip())))",message="must be unicast addresses: loopback, link-local, multicast and unspecified ranges cannot be service ranges"
+	// +kubebuilder:validation:XValidation:rule="!isCIDR(self) || !['0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/3', '::/8', 'fe80::/10', 'ff00::/8'].exists(n, cidr(n).containsIP(cidr(self).ip()))",message="must be unicast addresses that can be routed: not of 0.0.0.0/8, 127.0.0.0/8 (loopback), 169.254.0.0/16 (link-local), 224.0.0.0/3 (multicast, reserved), ::/8, fe80::/10 (link-local) or ff00::/8 (multicast)"
 	CIDR string `json:"cidr"`
 
 	// use says what the addresses are for. ClusterIP ranges are registered with the API server as ServiceCIDRs.
-	// LoadBalancer ranges are not.
+	// LoadBalancer ranges are not. Immutable for as long as the range is part of the policy.
 	// +optional
 	// +default="ClusterIP"
 	Use RangeUse `json:"use,omitempty"`
@@ -78,18 +80,19 @@ type ServiceRange struct {
 	// +default="Automatic"
 	Allocation RangeAllocation `json:"allocation,omitempty"`
 
-	// reserved lists addresses and CIDRs inside the range that are never given out.
+	// reserved lists addresses and CIDRs inside the range that are never given out, in canonical form.
 	// +optional
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:items:MinLength=2
 	// +kubebuilder:validation:items:MaxLength=43
+	// +kubebuilder:validation:items:XValidation:rule="isIP(self) ? ip.isCanonical(self) : isCIDR(self) && self == string(cidr(self).masked())",message="must be an IP address or a CIDR in canonical form, such as 10.99.0.10 or 10.99.0.0/28"
 	Reserved []string `json:"reserved,omitempty"`
 }
 
 // NodePortRange is a range of ports, both ends included.
 //
-// +kubebuilder:validation:XValidation:rule="self.start <= self.end",message="start must not be greater than end"
+// +kubebuilder:validation:XValidation:rule="self.start <= self.end",messageExpression="'start %d must not be greater than end %d'.format([self.start, self.end])",message="start must not be greater than end"
 type NodePortRange struct {
 	// start is the first port of the range.
 	// +required
@@ -109,24 +112,26 @@ type ReusePolicy struct {
 	// quarantine is how long a released address or node port rests before another Service may get it. 0s to 24h.
 	// +optional
 	// +default="60s"
-	// +kubebuilder:validation:XValidation:rule="self >= duration('0s') && self <= duration('24h')",message="must be between 0s and 24h"
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=20
+	// +kubebuilder:validation:XValidation:rule="self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$')",message="must be a duration such as 60s, 5m or 1h30m"
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$') || (duration(self) >= duration('0s') && duration(self) <= duration('24h'))",message="must be between 0s and 24h"
 	Quarantine *metav1.Duration `json:"quarantine,omitempty"`
 
 	// stickyFor is how long a released address is kept for a Service of the same namespace and name. 0s to 720h; 0s: not at all.
 	// +optional
 	// +default="0s"
-	// +kubebuilder:validation:XValidation:rule="self >= duration('0s') && self <= duration('720h')",message="must be between 0s and 720h"
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=20
+	// +kubebuilder:validation:XValidation:rule="self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$')",message="must be a duration such as 60s, 5m or 1h30m"
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$') || (duration(self) >= duration('0s') && duration(self) <= duration('720h'))",message="must be between 0s and 720h"
 	StickyFor *metav1.Duration `json:"stickyFor,omitempty"`
 }
 
 // ServiceProxyPolicySpec declares which Services a policy covers, what they get, and how nodes forward them.
 //
-// +kubebuilder:validation:XValidation:rule="!has(self.serviceRanges) || self.serviceRanges.all(a, !isCIDR(a.cidr) || self.serviceRanges.all(b, a.cidr == b.cidr || !isCIDR(b.cidr) || cidr(a.cidr).ip().family() != cidr(b.cidr).ip().family() || !cidr(a.cidr).containsCIDR(b.cidr)))",message="serviceRanges must not overlap one another",fieldPath=".serviceRanges"
-// +kubebuilder:validation:XValidation:rule="!has(self.scheduler) || self.proxyMode != 'NFTables' || self.scheduler in ['Random', 'SourceHash']",message="proxyMode NFTables supports the schedulers Random and SourceHash; RoundRobin and LeastConnection need proxyMode IPVS or Userspace, Maglev needs IPVS or EBPF",fieldPath=".scheduler"
-// +kubebuilder:validation:XValidation:rule="!has(self.scheduler) || self.proxyMode != 'IPTables' || self.scheduler == 'Random'",message="proxyMode IPTables supports only the scheduler Random; SourceHash needs proxyMode NFTables, IPVS, Userspace or EBPF, RoundRobin and LeastConnection need IPVS or Userspace, Maglev needs IPVS or EBPF",fieldPath=".scheduler"
-// +kubebuilder:validation:XValidation:rule="!has(self.scheduler) || self.proxyMode != 'IPVS' || self.scheduler in ['RoundRobin', 'LeastConnection', 'SourceHash', 'Maglev']",message="proxyMode IPVS supports the schedulers RoundRobin, LeastConnection, SourceHash and Maglev; Random needs proxyMode NFTables, IPTables, Userspace or EBPF",fieldPath=".scheduler"
-// +kubebuilder:validation:XValidation:rule="!has(self.scheduler) || self.proxyMode != 'Userspace' || self.scheduler in ['Random', 'RoundRobin', 'LeastConnection', 'SourceHash']",message="proxyMode Userspace supports the schedulers Random, RoundRobin, LeastConnection and SourceHash; Maglev needs proxyMode IPVS or EBPF",fieldPath=".scheduler"
-// +kubebuilder:validation:XValidation:rule="!has(self.scheduler) || self.proxyMode != 'EBPF' || self.scheduler in ['Random', 'SourceHash', 'Maglev']",message="proxyMode EBPF supports the schedulers Random, SourceHash and Maglev; RoundRobin and LeastConnection need proxyMode IPVS or Userspace",fieldPath=".scheduler"
+// +kubebuilder:validation:XValidation:rule="!has(self.serviceRanges) || self.serviceRanges.all(a, !isCIDR(a.cidr) || self.serviceRanges.all(b, a.cidr == b.cidr || !isCIDR(b.cidr) || !cidr(a.cidr).containsCIDR(b.cidr)))",messageExpression="'ranges must not overlap, and %s lies inside another one'.format([self.serviceRanges.filter(b, isCIDR(b.cidr) && self.serviceRanges.exists(a, a.cidr != b.cidr && isCIDR(a.cidr) && cidr(a.cidr).containsCIDR(b.cidr)))[0].cidr])",message="ranges must not overlap",fieldPath=".serviceRanges"
+// +kubebuilder:validation:XValidation:rule="!has(self.scheduler) || self.scheduler in {'NFTables': ['Random', 'SourceHash'], 'IPTables': ['Random'], 'IPVS': ['RoundRobin', 'LeastConnection', 'SourceHash', 'Maglev'], 'Userspace': ['Random', 'RoundRobin', 'LeastConnection', 'SourceHash'], 'EBPF': ['Random', 'SourceHash', 'Maglev']}[self.proxyMode]",messageExpression="'proxyMode ' + self.proxyMode + ' does not do scheduler ' + self.scheduler + ', only ' + {'NFTables': 'Random and SourceHash', 'IPTables': 'Random', 'IPVS': 'RoundRobin, LeastConnection, SourceHash and Maglev', 'Userspace': 'Random, RoundRobin, LeastConnection and SourceHash', 'EBPF': 'Random, SourceHash and Maglev'}[self.proxyMode] + '; scheduler ' + self.scheduler + ' needs proxyMode ' + {'Random': 'NFTables, IPTables, Userspace or EBPF', 'RoundRobin': 'IPVS or Userspace', 'LeastConnection': 'IPVS or Userspace', 'SourceHash': 'NFTables, IPVS, Userspace or EBPF', 'Maglev': 'IPVS or EBPF'}[self.scheduler]",message="proxyMode does not do scheduler",fieldPath=".scheduler"
 type ServiceProxyPolicySpec struct {
 	// priority decides which policy covers a Service that several match: the highest wins, then the oldest policy, then
 	// the first name.
@@ -139,16 +144,19 @@ type ServiceProxyPolicySpec struct {
 	// namespaceSelector selects the namespaces whose Services are covered. Empty selects all.
 	// +optional
 	// +default={}
+	// +kubebuilder:validation:XValidation:rule="!has(self.matchExpressions) || self.matchExpressions.all(e, e.operator in ['In', 'NotIn'] ? has(e.values) && size(e.values) > 0 : e.operator in ['Exists', 'DoesNotExist'] && (!has(e.values) || size(e.values) == 0))",message="each entry must have operator In or NotIn with values, or Exists or DoesNotExist without",fieldPath=".matchExpressions"
 	NamespaceSelector metav1.LabelSelector `json:"namespaceSelector,omitempty"`
 
 	// serviceSelector selects the Services that are covered, by their labels. Empty selects all.
 	// +optional
 	// +default={}
+	// +kubebuilder:validation:XValidation:rule="!has(self.matchExpressions) || self.matchExpressions.all(e, e.operator in ['In', 'NotIn'] ? has(e.values) && size(e.values) > 0 : e.operator in ['Exists', 'DoesNotExist'] && (!has(e.values) || size(e.values) == 0))",message="each entry must have operator In or NotIn with values, or Exists or DoesNotExist without",fieldPath=".matchExpressions"
 	ServiceSelector metav1.LabelSelector `json:"serviceSelector,omitempty"`
 
 	// nodeSelector selects the nodes that forward the covered Services, by their labels. Empty selects all.
 	// +optional
 	// +default={}
+	// +kubebuilder:validation:XValidation:rule="!has(self.matchExpressions) || self.matchExpressions.all(e, e.operator in ['In', 'NotIn'] ? has(e.values) && size(e.values) > 0 : e.operator in ['Exists', 'DoesNotExist'] && (!has(e.values) || size(e.values) == 0))",message="each entry must have operator In or NotIn with values, or Exists or DoesNotExist without",fieldPath=".matchExpressions"
 	NodeSelector metav1.LabelSelector `json:"nodeSelector,omitempty"`
 
 	// serviceRanges are the ranges of addresses that covered Services get, of either or both families. Without any, nothing
@@ -173,7 +181,7 @@ type ServiceProxyPolicySpec struct {
 	// +kubebuilder:validation:MaxItems=16
 	// +kubebuilder:validation:items:MinLength=3
 	// +kubebuilder:validation:items:MaxLength=43
-	// +kubebuilder:validation:XValidation:rule="self.all(a, a in ['Primary', 'Localhost', 'All'] || isCIDR(a))",message="each entry must be Primary, Localhost, All or a CIDR such as 192.168.0.0/24"
+	// +kubebuilder:validation:items:XValidation:rule="self in ['Primary', 'Localhost', 'All'] || (isCIDR(self) && self == string(cidr(self).masked()))",message="must be Primary, Localhost, All or a CIDR in canonical form, such as 192.168.0.0/24"
 	NodePortAddresses []string `json:"nodePortAddresses,omitempty"`
 
 	// proxyMode is how nodes forward the covered Services.
@@ -335,7 +343,7 @@ type ServiceProxyPolicyStatus struct {
 // +kubebuilder:subresource:status
 // +kubebuilder:resource:scope=Cluster,shortName=spp,categories=serviceproxy
 // +kubebuilder:printcolumn:name="Mode",type=string,JSONPath=`.spec.proxyMode`
-// +kubebuilder:printcolumn:name="Ranges",type=string,JSONPath=`.spec.serviceRanges[*].cidr`
+// +kubebuilder:printcolumn:name="Range",type=string,JSONPath=`.spec.serviceRanges[0].cidr`
 // +kubebuilder:printcolumn:name="Services",type=integer,JSONPath=`.status.services.covered`
 // +kubebuilder:printcolumn:name="Programmed",type=integer,JSONPath=`.status.services.programmed`
 // +kubebuilder:printcolumn:name="Nodes",type=integer,JSONPath=`.status.nodes.ready`
@@ -345,7 +353,7 @@ type ServiceProxyPolicyStatus struct {
 // +kubebuilder:printcolumn:name="Free-IPv4",type=integer,JSONPath=`.status.families[?(@.family=="IPv4")].free`,priority=1
 // +kubebuilder:printcolumn:name="Free-IPv6",type=integer,JSONPath=`.status.families[?(@.family=="IPv6")].free`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
-// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 63",message="name must be at most 63 characters: it is used as a label value"
+// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 63",messageExpression="'metadata.name must be at most 63 characters, because it is used as a label value, and has %d'.format([self.metadata.name.size()])",message="metadata.name must be at most 63 characters"
 type ServiceProxyPolicy struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
