@@ -1,0 +1,403 @@
+package allocator
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+)
+
+// Holder is the Service that holds a lock. UID is empty while a request is under way whose Service does not exist yet.
+type Holder struct{ Namespace, Name, UID string }
+
+// Hold is what a claim says about the lock it is named after.
+type Hold struct {
+	Policy string
+	Use    v1alpha1.ClaimUse
+	State  v1alpha1.ClaimState
+	Holder Holder
+}
+
+// Request asks for one lock.
+type Request struct {
+	Policy string
+	// Family is the family of the wanted address, empty for a node port.
+	Family v1alpha1.IPFamily
+	Use    v1alpha1.ClaimUse
+	Holder Holder
+}
+
+// Grant is a lock that nobody held when it was given.
+type Grant struct {
+	Lock Lock
+	// Reclaim says that a Released claim on it, kept for this Service's name, must be taken over; else the claim is to be created.
+	Reclaim bool
+}
+
+// Errors of Space.Grant.
+var (
+	// ErrExhausted is matched by an *ExhaustedError.
+	ErrExhausted = errors.New("range exhausted")
+	// ErrNotUsable says that the policy has ranges of the family, none of which can be used yet.
+	ErrNotUsable = errors.New("range not ready")
+	// ErrNoRange says that the policy gives out nothing of that kind automatically.
+	ErrNoRange = errors.New("no range with automatic allocation")
+)
+
+// ExhaustedError says that a policy has nothing left to give out.
+type ExhaustedError struct {
+	Policy string
+	// Family is empty for node ports.
+	Family      v1alpha1.IPFamily
+	Used, Total int64
+}
+
+func (e *ExhaustedError) Error() string {
+	what := string(e.Family) + " addresses"
+	if e.Family == "" {
+		what = "node ports"
+	}
+	return fmt.Sprintf("policy %s has no free %s: %d of %d in use", e.Policy, what, e.Used, e.Total)
+}
+
+// Is makes errors.Is(err, ErrExhausted) true.
+func (e *ExhaustedError) Is(target error) bool { return target == ErrExhausted }
+
+// occupant is all that is known about a lock that is not free.
+type occupant struct {
+	hold  *Hold
+	taken bool // the API server's own lock on it exists
+}
+
+// Space is what can be given out, and who holds what. The cost of every method but Configure is independent of how much is held. It is
+// not safe for concurrent use.
+type Space struct {
+	random    *rand.Rand
+	policies  map[string]*Policy
+	pools     map[string][]*pool // by policy, in the order of the spec, the pool of node ports last
+	byPrefix  map[netip.Prefix][]*pool
+	bits      map[bool][]int // the prefix lengths in byPrefix, by "is IPv4"
+	ports     []*pool
+	occupants map[Lock]occupant
+	byName    map[[2]string]map[Lock]struct{} // the locks of a Service by its namespace and name
+}
+
+// NewSpace makes an empty Space that draws from random.
+func NewSpace(random *rand.Rand) *Space {
+	return &Space{
+		random: random, policies: map[string]*Policy{}, pools: map[string][]*pool{},
+		occupants: map[Lock]occupant{}, byName: map[[2]string]map[Lock]struct{}{},
+	}
+}
+
+// Configure replaces the policies, which Resolve returned. What is held stays held, inside the new ranges or not.
+func (s *Space) Configure(policies []*Policy) {
+	old := map[poolID][]*pool{}
+	for _, pools := range s.pools {
+		for _, p := range pools {
+			old[p.poolID] = append(old[p.poolID], p)
+		}
+	}
+	s.policies, s.pools, s.byPrefix, s.ports = map[string]*Policy{}, map[string][]*pool{}, map[netip.Prefix][]*pool{}, nil
+	s.bits = map[bool][]int{}
+	var fresh []*pool
+	keep := func(p *pool) *pool {
+		for _, o := range old[p.poolID] {
+			if slices.Equal(o.excluded, p.excluded) {
+				o.use, o.allocation, o.usable = p.use, p.allocation, p.usable
+				return o
+			}
+		}
+		p.fill()
+		fresh = append(fresh, p)
+		return p
+	}
+	for _, policy := range policies {
+		s.policies[policy.Name] = policy
+		for i := range policy.Ranges {
+			r := &policy.Ranges[i]
+			p := newAddrPool(policy.Name, r)
+			p.use, p.allocation, p.usable = r.Use, r.Allocation, r.Usable && !policy.Terminating
+			p = keep(p)
+			s.pools[policy.Name] = append(s.pools[policy.Name], p)
+			s.byPrefix[p.prefix] = append(s.byPrefix[p.prefix], p)
+			if is4 := p.prefix.Addr().Is4(); !slices.Contains(s.bits[is4], p.prefix.Bits()) {
+				s.bits[is4] = append(s.bits[is4], p.prefix.Bits())
+			}
+		}
+		if policy.NodePorts.Size() > 0 {
+			p := newPortPool(policy.Name, policy.NodePorts, policy.NodePortsExcluded)
+			p.usable = !policy.Terminating
+			p = keep(p)
+			s.pools[policy.Name] = append(s.pools[policy.Name], p)
+			s.ports = append(s.ports, p)
+		}
+	}
+	if len(fresh) == 0 {
+		return
+	}
+	for l, o := range s.occupants {
+		for _, p := range fresh {
+			if p.contains(l) {
+				p.count(l, free, p.classify(o))
+			}
+		}
+	}
+}
+
+// Hold records that a claim exists, in place of what was recorded for the lock before.
+func (s *Space) Hold(l Lock, h Hold) {
+	o := s.occupants[l]
+	s.unname(l, o)
+	s.set(l, occupant{hold: &h, taken: o.taken})
+	key := [2]string{h.Holder.Namespace, h.Holder.Name}
+	if s.byName[key] == nil {
+		s.byName[key] = map[Lock]struct{}{}
+	}
+	s.byName[key][l] = struct{}{}
+}
+
+// Drop records that no claim exists on the lock.
+func (s *Space) Drop(l Lock) {
+	o := s.occupants[l]
+	s.unname(l, o)
+	s.set(l, occupant{taken: o.taken})
+}
+
+// SetTaken records whether the API server's own lock exists: an IPAddress object, or a Service with the node port. What is taken is never given out,
+// claim or no claim.
+func (s *Space) SetTaken(l Lock, taken bool) {
+	s.set(l, occupant{hold: s.occupants[l].hold, taken: taken})
+}
+
+// Taken says whether the API server's own lock exists.
+func (s *Space) Taken(l Lock) bool { return s.occupants[l].taken }
+
+// Held tells what the claim on the lock says, if there is one.
+func (s *Space) Held(l Lock) (Hold, bool) {
+	if h := s.occupants[l].hold; h != nil {
+		return *h, true
+	}
+	return Hold{}, false
+}
+
+// HeldBy yields the locks of the Services, past and present, of a namespace and name.
+func (s *Space) HeldBy(namespace, name string) iter.Seq2[Lock, Hold] {
+	return func(yield func(Lock, Hold) bool) {
+		for l := range s.byName[[2]string{namespace, name}] {
+			if !yield(l, *s.occupants[l].hold) {
+				return
+			}
+		}
+	}
+}
+
+// All yields every lock that is held or taken; the Hold is nil if no claim exists.
+func (s *Space) All() iter.Seq2[Lock, *Hold] {
+	return func(yield func(Lock, *Hold) bool) {
+		for l, o := range s.occupants {
+			if !yield(l, o.hold) {
+				return
+			}
+		}
+	}
+}
+
+// Grant picks a free lock and holds it as Reserved, so that the next Grant picks another. The caller makes the claim and then calls Hold, or
+// Drop if it could not. A lock that rests for a Service of the same name comes first.
+func (s *Space) Grant(r Request) (Grant, error) {
+	hold := Hold{Policy: r.Policy, Use: r.Use, State: v1alpha1.ClaimReserved, Holder: r.Holder}
+	if l, ok := s.sticky(r); ok {
+		s.Hold(l, hold)
+		return Grant{Lock: l, Reclaim: true}, nil
+	}
+	exhausted := &ExhaustedError{Policy: r.Policy, Family: r.Family}
+	var candidates []*pool
+	notUsable := false
+	var sum Counts
+	for _, p := range s.pools[r.Policy] {
+		if !p.serves(r) {
+			continue
+		}
+		sum = sum.add(p.stats())
+		if p.usable {
+			candidates = append(candidates, p)
+		} else {
+			notUsable = true
+		}
+	}
+	// The static bands of all ranges are left alone while any upper band has room.
+	for _, upper := range []bool{true, false} {
+		for _, p := range candidates {
+			if l, ok := p.pick(upper, s.uint64n); ok {
+				s.Hold(l, hold)
+				return Grant{Lock: l}, nil
+			}
+		}
+	}
+	switch {
+	case notUsable:
+		return Grant{}, fmt.Errorf("policy %s, %s: %w", r.Policy, r.kind(), ErrNotUsable)
+	case len(candidates) == 0:
+		return Grant{}, fmt.Errorf("policy %s, %s: %w", r.Policy, r.kind(), ErrNoRange)
+	}
+	exhausted.Total, exhausted.Used = sum.Total, sum.Total-sum.Free
+	return Grant{}, exhausted
+}
+
+func (r Request) kind() string {
+	if r.Family == "" {
+		return "node ports"
+	}
+	return string(r.Family)
+}
+
+// serves says whether the pool gives out what is asked for.
+func (p *pool) serves(r Request) bool {
+	if p.allocation != v1alpha1.RangeAllocationAutomatic {
+		return false
+	}
+	if p.ports.First != 0 {
+		return r.Family == ""
+	}
+	want := v1alpha1.RangeUseClusterIP
+	if r.Use == v1alpha1.ClaimUseLoadBalancerIP {
+		want = v1alpha1.RangeUseLoadBalancer
+	}
+	return r.Family == p.family() && p.use == want
+}
+
+// sticky finds a lock that rests for a Service of this name and that the policy still gives out. If the API server's lock still exists the
+// address cannot be used again yet.
+func (s *Space) sticky(r Request) (best Lock, found bool) {
+	policy := s.policies[r.Policy]
+	if policy == nil || policy.StickyFor <= 0 || r.Holder.Name == "" {
+		return Lock{}, false
+	}
+	for l, h := range s.HeldBy(r.Holder.Namespace, r.Holder.Name) {
+		if h.State != v1alpha1.ClaimReleased || h.Policy != r.Policy || s.Taken(l) || l.IsPort() != (r.Family == "") {
+			continue
+		}
+		ok := slices.ContainsFunc(s.pools[r.Policy], func(p *pool) bool {
+			return p.usable && p.serves(r) && p.contains(l) && p.available(l)
+		})
+		if ok && (!found || l.Name() < best.Name()) {
+			best, found = l, true
+		}
+	}
+	return best, found
+}
+
+// uint64n draws from [0, n); n = 0 stands for 2^64.
+func (s *Space) uint64n(n uint64) uint64 {
+	if n == 0 {
+		return s.random.Uint64()
+	}
+	return s.random.Uint64N(n)
+}
+
+// RangeCounts counts one range of a policy.
+func (s *Space) RangeCounts(policy string, prefix netip.Prefix) Counts {
+	for _, p := range s.pools[policy] {
+		if p.prefix == prefix {
+			return p.stats()
+		}
+	}
+	return Counts{}
+}
+
+// FamilyCounts counts the addresses of a family over all ranges of a policy.
+func (s *Space) FamilyCounts(policy string, family v1alpha1.IPFamily) Counts {
+	var sum Counts
+	for _, p := range s.pools[policy] {
+		if p.ports.First == 0 && p.family() == family {
+			sum = sum.add(p.stats())
+		}
+	}
+	return sum
+}
+
+// PortCounts counts the node ports of a policy.
+func (s *Space) PortCounts(policy string) Counts {
+	for _, p := range s.pools[policy] {
+		if p.ports.First != 0 {
+			return p.stats()
+		}
+	}
+	return Counts{}
+}
+
+// PoliciesOf yields the policies that declare the lock.
+func (s *Space) PoliciesOf(l Lock) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for p := range s.poolsOf(l) {
+			if !yield(p.policy) {
+				return
+			}
+		}
+	}
+}
+
+func (s *Space) poolsOf(l Lock) iter.Seq[*pool] {
+	return func(yield func(*pool) bool) {
+		if l.IsPort() {
+			for _, p := range s.ports {
+				if p.contains(l) && !yield(p) {
+					return
+				}
+			}
+			return
+		}
+		for _, bits := range s.bits[l.Addr.Is4()] {
+			prefix := netip.PrefixFrom(l.Addr, bits).Masked()
+			for _, p := range s.byPrefix[prefix] {
+				if !yield(p) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// set replaces what is known about a lock and moves the counts of the pools that hold it.
+func (s *Space) set(l Lock, now occupant) {
+	was := s.occupants[l]
+	if now.hold == nil && !now.taken {
+		delete(s.occupants, l)
+	} else {
+		s.occupants[l] = now
+	}
+	for p := range s.poolsOf(l) {
+		p.count(l, p.classify(was), p.classify(now))
+	}
+}
+
+func (s *Space) unname(l Lock, o occupant) {
+	if o.hold == nil {
+		return
+	}
+	key := [2]string{o.hold.Holder.Namespace, o.hold.Holder.Name}
+	delete(s.byName[key], l)
+	if len(s.byName[key]) == 0 {
+		delete(s.byName, key)
+	}
+}
+
+// classify says what a lock counts as in this pool.
+func (p *pool) classify(o occupant) class {
+	switch {
+	case o.hold == nil && !o.taken:
+		return free
+	case o.hold == nil:
+		return foreign
+	case o.hold.State == v1alpha1.ClaimReleased:
+		return quarantined
+	case o.hold.Policy != p.policy:
+		return foreign
+	}
+	return allocated
+}
