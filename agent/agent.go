@@ -1,0 +1,94 @@
+// Package agent runs on every node: it turns ServiceAssignments and EndpointSlices into what the node's kernel forwards, keeps that
+// so, and reports what the kernel holds.
+//
+//	sources → store (compact, what changed) → loop: compile → a dataplane per proxy mode → kernel
+//	                                            ↘ reporter → NodeProxyState; health, metrics
+//
+// Start, failure, repair and a change of mode are one code path: a dataplane wants a state and holds another, or holds an unknown one.
+// Nothing is programmed before every source has delivered its first list, nothing is taken away because a source fails, and
+// stopping leaves the rules in force.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	"k8s.io/client-go/rest"
+)
+
+// Config is what an agent needs to run.
+type Config struct {
+	// NodeName is the name of the Node that the agent runs on.
+	NodeName string
+	// Version is reported as the agent's version.
+	Version string
+	// API says how to reach the API server.
+	API *rest.Config
+	// Modes is the table of backends.
+	Modes []Mode
+	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics. nil: not served. Run closes them.
+	Health, Metrics net.Listener
+	Log             logr.Logger
+}
+
+// Run works until ctx ends, which is no error; what the kernel holds then stays. It fails only if it cannot start or a server of its own fails.
+func Run(ctx context.Context, c Config) error {
+	clients, err := newClients(c.API)
+	if err != nil {
+		return fmt.Errorf("set up clients of the API server: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var (
+		running sync.WaitGroup
+		failed  error // of the first server that fails; read once all have ended
+		once    sync.Once
+	)
+	fail := func(err error) {
+		once.Do(func() { failed = err })
+		cancel()
+	}
+
+	s := newStore()
+	m := newMetrics(s)
+	h := newHealth(s, m)
+	r := newReporter(c.Log.WithName("report"), c.Version, clients.writer(c.NodeName))
+	l := newLoop(c.Log, s, c.Modes, m, h, r.publish)
+
+	serve(ctx, &running, fail, "health", c.Health, h.handler())
+	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())
+	for _, source := range clients.reflectors(c.Log, c.NodeName, s, r) {
+		running.Go(func() { source.RunWithContext(ctx) })
+	}
+	running.Go(func() { r.run(ctx) })
+
+	c.Log.Info("Started", "node", c.NodeName, "version", c.Version)
+	err = l.run(ctx)
+	running.Wait()
+	c.Log.Info("Stopped; the rules stay in force", "node", c.NodeName)
+	return errors.Join(failed, err)
+}
+
+// serve serves until ctx ends; if it fails before, it ends everything.
+func serve(ctx context.Context, running *sync.WaitGroup, fail func(error), what string, ln net.Listener, handler http.Handler) {
+	if ln == nil {
+		return
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	running.Go(func() {
+		if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+			fail(fmt.Errorf("serve %s at %s: %w", what, ln.Addr(), err))
+		}
+	})
+	running.Go(func() {
+		<-ctx.Done()
+		// Probes are short: there is nothing to wait for.
+		_ = server.Close()
+	})
+}

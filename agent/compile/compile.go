@@ -1,0 +1,142 @@
+package compile
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+)
+
+// Services gives what a node forwards of one Service, one entry per port, sorted by key: nothing if the node is not selected. The
+// outcome depends on the arguments' content only, never on the order of slices, endpoints or ports.
+func Services(a *Assignment, slicesOf []*Slice, node *Node) []*forwarding.Service {
+	if a.NodeSelector != nil && !a.NodeSelector.Matches(labels.Set(node.Labels)) {
+		return nil
+	}
+	out := make([]*forwarding.Service, 0, len(a.Ports))
+	for i := range a.Ports {
+		out = append(out, service(a, &a.Ports[i], slicesOf, node))
+	}
+	slices.SortFunc(out, func(x, y *forwarding.Service) int { return x.Key.Compare(y.Key) })
+	return out
+}
+
+func service(a *Assignment, p *Port, slicesOf []*Slice, node *Node) *forwarding.Service {
+	s := &forwarding.Service{
+		Key:         forwarding.ServiceKey{Namespace: a.Namespace, Name: a.Name, Port: p.Port, Protocol: p.Protocol},
+		Scheduler:   a.Scheduler,
+		ServiceIPs:  a.ServiceIPs,
+		ExternalIPs: a.ExternalIPs,
+		NodePort:    p.NodePort,
+		Affinity:    a.Affinity,
+	}
+	if p.NodePort != 0 {
+		s.NodePortAddresses = a.NodePortAddresses.on(node)
+	}
+	if len(a.LoadBalancerIPs) > 0 {
+		s.LoadBalancerIPs, s.SourceRanges = a.LoadBalancerIPs, a.SourceRanges
+	}
+	cluster, local := targets(candidates(p, slicesOf), node.Zone)
+	s.Internal = cluster
+	if a.InternalLocal {
+		s.Internal = local
+	}
+	if len(a.ExternalIPs) == 0 && p.NodePort == 0 {
+		return s // nothing outside reaches it: the external targets stay empty
+	}
+	s.External, s.ExternalFromHere = cluster, cluster
+	if a.ExternalLocal {
+		// Traffic from this node and its pods does not come from outside, whichever address it uses: it is never
+		// bound to local endpoints.
+		s.External, s.PreserveSource = local, true
+	}
+	return s
+}
+
+// candidate is an endpoint of one Service port with all that decides about it.
+type candidate struct {
+	addr netip.AddrPort
+	*SliceEndpoint
+}
+
+// candidates gives the endpoints of one port, sorted and without duplicates: IPv4 first.
+func candidates(p *Port, slicesOf []*Slice) []candidate {
+	n := 0
+	for _, s := range slicesOf {
+		n += len(s.Endpoints)
+	}
+	list := make([]candidate, 0, n)
+	for _, s := range slicesOf {
+		for _, sp := range s.Ports {
+			if sp.Name != p.Name || sp.Protocol != p.Protocol {
+				continue
+			}
+			for i := range s.Endpoints {
+				list = append(list, candidate{netip.AddrPortFrom(s.Endpoints[i].Addr, sp.Port), &s.Endpoints[i]})
+			}
+		}
+	}
+	slices.SortFunc(list, func(x, y candidate) int {
+		return cmp.Or(x.addr.Compare(y.addr), cmp.Compare(y.rank(), x.rank()), cmp.Compare(y.Flags, x.Flags), cmp.Compare(x.ZoneHints, y.ZoneHints))
+	})
+	// An endpoint that moves between slices is in both for a while, and a new pod may get the address of one that is still
+	// terminating: the one that is furthest from its end counts.
+	return slices.CompactFunc(list, func(x, y candidate) bool { return x.addr == y.addr })
+}
+
+// rank orders what is known of one address: not terminating before terminating, then ready, then serving.
+func (c candidate) rank() int {
+	rank := 0
+	if !c.Flags.Has(Terminating) {
+		rank += 4
+	}
+	if c.Flags.Has(Ready) {
+		rank += 2
+	}
+	if c.Flags.Has(Serving) {
+		rank++
+	}
+	return rank
+}
+
+// targets gives where traffic goes that may use any endpoint, and where traffic goes that is bound to endpoints of this node.
+//
+// Each family decides by itself, as if the other did not exist: a Service may well have ready endpoints in one of them only.
+func targets(list []candidate, zone string) (cluster, local forwarding.Target) {
+	firstV6, _ := slices.BinarySearchFunc(list, 0, func(c candidate, _ int) int {
+		if c.addr.Addr().Is4() {
+			return -1
+		}
+		return 1
+	})
+	var any bool
+	for _, family := range [2][]candidate{list[:firstV6], list[firstV6:]} {
+		everywhere, here := choose(family, zone)
+		any = any || len(everywhere) > 0
+		cluster.Endpoints = appendEndpoints(cluster.Endpoints, everywhere)
+		local.Endpoints = appendEndpoints(local.Endpoints, here)
+	}
+	cluster.Action, local.Action = action(cluster, any), action(local, any)
+	return cluster, local
+}
+
+func action(t forwarding.Target, anywhere bool) forwarding.Action {
+	switch {
+	case len(t.Endpoints) > 0:
+		return forwarding.Forward
+	case anywhere:
+		return forwarding.Drop
+	}
+	return forwarding.Reject
+}
+
+func appendEndpoints(out []forwarding.Endpoint, list []candidate) []forwarding.Endpoint {
+	out = slices.Grow(out, len(list))
+	for _, c := range list {
+		out = append(out, forwarding.Endpoint{AddrPort: c.addr, Local: c.Flags.Has(Local)})
+	}
+	return out
+}

@@ -1,0 +1,127 @@
+package agent
+
+import (
+	"encoding/json"
+	"net/http"
+	"sync"
+	"time"
+)
+
+const (
+	// syncPeriod is how long an update may wait for the kernel without anybody worrying.
+	syncPeriod = 30 * time.Second
+	// healthTimeout is how long it may wait until the node counts as unhealthy.
+	healthTimeout = 2 * syncPeriod
+)
+
+// health tells load balancers and the kubelet how this node's proxy is.
+type health struct {
+	lacks   func() string // what the first sync still waits for, "" if nothing
+	leaving func() bool   // the node is going away
+	metrics *metrics
+	started time.Time
+
+	mu          sync.Mutex
+	lastUpdated time.Time // when the kernel last held all it should
+	since       time.Time // since when an update waits; zero if none does
+}
+
+func newHealth(s *store, m *metrics) *health {
+	return &health{started: time.Now(), leaving: s.nodeLeaving, metrics: m, lacks: func() string {
+		_, _, lacks := s.pending()
+		return lacks
+	}}
+}
+
+// updated says that the kernel holds all it should.
+func (h *health) updated(at time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.lastUpdated, h.since = at, time.Time{}
+}
+
+// waiting says that an update is not in the kernel yet.
+func (h *health) waiting(since time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.since.IsZero() {
+		h.since = since
+	}
+}
+
+// healthBody is the answer to a probe; kube-proxy's fields keep kube-proxy's names.
+type healthBody struct {
+	LastUpdated  time.Time `json:"lastUpdated"`
+	CurrentTime  time.Time `json:"currentTime"`
+	NodeEligible *bool     `json:"nodeEligible,omitempty"`
+	// Problem says what is wrong, or what is still waited for.
+	Problem string `json:"problem,omitempty"`
+}
+
+// live says whether the agent does its work. That it waits for the API server does not count: a restart would not help.
+func (h *health) live() (healthBody, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	body := healthBody{LastUpdated: h.lastUpdated, CurrentTime: now}
+	if !h.since.IsZero() {
+		if waited := now.Sub(h.since); waited >= healthTimeout {
+			body.Problem = "an update has been waiting for the kernel for " + waited.Round(time.Second).String()
+			return body, false
+		}
+	}
+	return body, true
+}
+
+// healthy says whether new traffic should be sent to this node.
+func (h *health) healthy() (healthBody, bool) {
+	body, ok := h.live()
+	eligible := !h.leaving()
+	body.NodeEligible = &eligible
+	if !eligible {
+		body.Problem, ok = "the node is going away", false
+	}
+	if body.LastUpdated.IsZero() {
+		if lacks := h.lacks(); lacks != "" {
+			body.Problem = "waiting for " + lacks
+		}
+		// What an earlier run left in the kernel still forwards, so an agent that just started is not yet unhealthy.
+		ok = ok && body.CurrentTime.Sub(h.started) < healthTimeout
+	}
+	if ok {
+		body.LastUpdated = body.CurrentTime // as kube-proxy does: recent as long as nothing waits
+	}
+	return body, ok
+}
+
+// ready says whether the kernel has once held all it should since the agent started.
+func (h *health) ready() (healthBody, bool) {
+	body, ok := h.healthy()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return body, ok && !h.lastUpdated.IsZero()
+}
+
+// handler serves /healthz, /livez and /readyz.
+func (h *health) handler() http.Handler {
+	mux := http.NewServeMux()
+	serve := func(path string, check func() (healthBody, bool), count func(code string)) {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
+			body, ok := check()
+			code, label := http.StatusOK, "200"
+			if !ok {
+				code, label = http.StatusServiceUnavailable, "503"
+			}
+			count(label)
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set("X-Content-Type-Options", "nosniff")
+			w.WriteHeader(code)
+			// Nothing can be done about a prober that is gone before its answer.
+			_ = json.NewEncoder(w).Encode(body)
+		})
+	}
+	serve("/healthz", h.healthy, func(code string) { h.metrics.healthz.WithLabelValues(code).Inc() })
+	serve("/livez", h.live, func(code string) { h.metrics.livez.WithLabelValues(code).Inc() })
+	serve("/readyz", h.ready, func(string) {})
+	return mux
+}

@@ -1,0 +1,254 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+)
+
+const (
+	// defaultReportInterval holds until the controller says otherwise.
+	defaultReportInterval = time.Second
+	writeTimeout          = 10 * time.Second
+	writeRetryMax         = 30 * time.Second
+)
+
+// reporter writes this node's NodeProxyState: its newest state, only if that is news, and at most once per interval.
+//
+// All nodes receive a change at the same moment. If each wrote when it is done, they would write all at once; so every
+// agent writes only at moments of its own, an interval apart, whose phase is random. All together write at an even rate, and no report waits longer than an interval.
+type reporter struct {
+	log     logr.Logger
+	version string
+	// write replaces the status of this node's object.
+	write func(context.Context, *v1alpha1.NodeProxyStateStatus) error
+
+	news chan struct{} // something below changed
+
+	mu       sync.Mutex
+	latest   *Report
+	uid      types.UID // of the object; empty if there is none
+	interval time.Duration
+	// conditions are the object's, so that a restart of the agent is no transition.
+	conditions []metav1.Condition
+}
+
+func newReporter(log logr.Logger, version string, write func(context.Context, *v1alpha1.NodeProxyStateStatus) error) *reporter {
+	return &reporter{log: log, version: version, write: write, interval: defaultReportInterval, news: make(chan struct{}, 1)}
+}
+
+// publish makes r the newest report.
+func (r *reporter) publish(report Report) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.latest = &report
+	r.signal()
+}
+
+func (r *reporter) signal() {
+	select {
+	case r.news <- struct{}{}:
+	default:
+	}
+}
+
+// The reporter is the feed of its own object: it writes only while the controller has one for this node, and learns the interval from it.
+
+func (r *reporter) put(o *object[v1alpha1.NodeProxyState]) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	in := o.value
+	if r.uid != in.UID {
+		r.uid, r.conditions = in.UID, slices.Clone(in.Status.Conditions)
+		r.signal()
+	}
+	interval := defaultReportInterval
+	if in.Spec.ReportInterval != nil && in.Spec.ReportInterval.Duration > 0 {
+		interval = in.Spec.ReportInterval.Duration
+	}
+	if interval != r.interval {
+		r.interval = interval
+		r.signal()
+	}
+}
+
+func (r *reporter) remove(types.NamespacedName, string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.uid = ""
+}
+
+func (r *reporter) replace(list []*object[v1alpha1.NodeProxyState], resourceVersion string) {
+	if len(list) == 0 {
+		r.remove(types.NamespacedName{}, resourceVersion)
+		return
+	}
+	r.put(list[0])
+}
+
+func (r *reporter) bookmark(string) {}
+
+// due gives the status to write, the object it is for and the interval; nil if there is nothing to write or no object to write it to.
+func (r *reporter) due(written *v1alpha1.NodeProxyStateStatus, writtenTo types.UID) (*v1alpha1.NodeProxyStateStatus, types.UID, time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.latest == nil || r.uid == "" {
+		return nil, "", r.interval
+	}
+	status := r.status()
+	if written != nil && writtenTo == r.uid && reflect.DeepEqual(written, status) {
+		return nil, "", r.interval
+	}
+	return status, r.uid, r.interval
+}
+
+// run writes until ctx ends.
+func (r *reporter) run(ctx context.Context) {
+	var (
+		written   *v1alpha1.NodeProxyStateStatus
+		writtenTo types.UID
+		failures  int
+		beat      beat
+	)
+	for {
+		status, _, interval := r.due(written, writtenTo)
+		if status == nil {
+			select {
+			case <-ctx.Done():
+				return
+			case <-r.news:
+			}
+			continue
+		}
+		if !sleep(ctx, beat.next(time.Now(), interval)+writeDelay(failures, interval)) {
+			return
+		}
+		// What happened while it waited is part of the same write.
+		status, uid, _ := r.due(written, writtenTo)
+		if status == nil {
+			continue
+		}
+		writeCtx, cancel := context.WithTimeout(ctx, writeTimeout)
+		err := r.write(writeCtx, status)
+		cancel()
+		switch {
+		case err == nil:
+			written, writtenTo, failures = status, uid, 0
+		case ctx.Err() != nil:
+			return
+		case apierrors.IsNotFound(err): // the watch will tell when there is one again
+			r.remove(types.NamespacedName{}, "")
+			written = nil
+		default:
+			failures++
+			r.log.Error(err, "Could not report what this node's kernel holds; trying again", "failures", failures)
+		}
+	}
+}
+
+// status is the newest report in the API's form. Called with the lock held.
+func (r *reporter) status() *v1alpha1.NodeProxyStateStatus {
+	l := r.latest
+	status := &v1alpha1.NodeProxyStateStatus{
+		AssignmentRevision:    l.Held.Assignments,
+		EndpointSliceRevision: l.Held.EndpointSlices,
+		Modes:                 slices.Clone(l.Modes),
+		Services:              int32(l.Services),
+		Endpoints:             int32(l.Endpoints),
+		DriftRepairs:          l.DriftRepairs,
+		AgentVersion:          r.version,
+	}
+	for i := range status.Modes {
+		status.Modes[i].Message = truncate(status.Modes[i].Message, 1024)
+	}
+	if !l.LastApplied.IsZero() {
+		at := metav1.NewTime(l.LastApplied.Truncate(time.Second)) // the API keeps seconds
+		status.LastAppliedTime = &at
+	}
+	ready := metav1.Condition{Type: v1alpha1.NodeProxyReady, Status: metav1.ConditionTrue, Reason: "Programmed", Message: "the kernel holds what it should"}
+	if l.Reason != "" {
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, l.Reason, truncate(l.Message, 1024)
+	}
+	meta.SetStatusCondition(&r.conditions, ready)
+	status.Conditions = slices.Clone(r.conditions)
+	return status
+}
+
+func truncate(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	return s[:most-3] + "..."
+}
+
+// statusPatch replaces the whole status, unlike a merge patch, which would keep what is left out because it is zero.
+func statusPatch(status *v1alpha1.NodeProxyStateStatus) ([]byte, error) {
+	type operation struct {
+		Op    string `json:"op"`
+		Path  string `json:"path"`
+		Value any    `json:"value"`
+	}
+	return json.Marshal([]operation{{"add", "/status", status}})
+}
+
+// writer gives the function with which a reporter writes to the API server.
+func (c *clients) writer(nodeName string) func(context.Context, *v1alpha1.NodeProxyStateStatus) error {
+	return func(ctx context.Context, status *v1alpha1.NodeProxyStateStatus) error {
+		patch, err := statusPatch(status)
+		if err != nil {
+			return fmt.Errorf("encode status: %w", err)
+		}
+		return c.serviceproxy.Patch(types.JSONPatchType).Resource("nodeproxystates").Name(nodeName).SubResource("status").
+			Body(patch).Do(ctx).Error()
+	}
+}
+
+// beat is a series of moments an interval apart with a random phase.
+type beat struct {
+	interval time.Duration
+	at       time.Time // one of the moments
+}
+
+// next gives how long it is until the next moment. A new interval gets a new phase.
+func (b *beat) next(now time.Time, interval time.Duration) time.Duration {
+	if b.interval != interval {
+		b.interval, b.at = interval, now.Add(rand.N(interval))
+	}
+	if passed := now.Sub(b.at); passed >= 0 {
+		b.at = b.at.Add((passed/interval + 1) * interval)
+	}
+	return b.at.Sub(now)
+}
+
+// writeDelay is how much longer to wait after failures in a row.
+func writeDelay(failures int, interval time.Duration) time.Duration {
+	if failures == 0 {
+		return 0
+	}
+	return min(interval<<min(failures-1, 10), writeRetryMax)
+}
+
+// sleep waits and says whether ctx still lives.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}

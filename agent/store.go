@@ -1,0 +1,321 @@
+package agent
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
+)
+
+// Marks are the newest resourceVersions of each type: everything up to them has been received, or is in the kernel. They
+// compare only within one type.
+type Marks struct {
+	Assignments, EndpointSlices string
+}
+
+// input is what one Service compiles from. Assignment is nil if there is none.
+type input struct {
+	service    types.NamespacedName
+	assignment *compile.Assignment
+	slices     []*compile.Slice
+}
+
+// batch is what changed since the one before.
+type batch struct {
+	inputs []input
+	node   *compile.Node
+	// marks cover everything in this batch and in all before it, and nothing more.
+	marks Marks
+	// triggers are when the changes of endpoints in this batch happened, as far as the API tells.
+	triggers []time.Time
+	// services and endpoints are how many events of either kind the batch folds into one.
+	services, endpoints int
+}
+
+// store is what the agent knows of the cluster. Sources write to it, the run loop takes from it. Values in it are immutable.
+type store struct {
+	// wake has one pending signal while there may be something to take.
+	wake    chan struct{}
+	started time.Time
+
+	mu          sync.Mutex
+	node        *compile.Node
+	assignments map[types.NamespacedName]*compile.Assignment
+	slices      map[types.NamespacedName]*compile.Slice // by the slice's own name
+	// byService lists the slices of a Service. A list is never changed in place: batches share it.
+	byService map[types.NamespacedName][]*compile.Slice
+
+	hasAssignments, hasSlices bool // the first list has arrived
+	marks                     Marks
+	dirty                     map[types.NamespacedName]struct{}
+	triggers                  []time.Time
+	changes                   struct{ services, endpoints int }
+}
+
+func newStore() *store {
+	return &store{
+		wake:        make(chan struct{}, 1),
+		started:     time.Now(),
+		assignments: map[types.NamespacedName]*compile.Assignment{},
+		slices:      map[types.NamespacedName]*compile.Slice{},
+		byService:   map[types.NamespacedName][]*compile.Slice{},
+		dirty:       map[types.NamespacedName]struct{}{},
+	}
+}
+
+// take gives what changed since the last take, and false until every source has delivered its first list: a kernel programmed
+// from half the cluster would refuse traffic that it served before.
+func (s *store) take() (batch, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.hasAssignments || !s.hasSlices || s.node == nil {
+		return batch{}, false
+	}
+	b := batch{node: s.node, marks: s.marks, triggers: s.triggers, services: s.changes.services, endpoints: s.changes.endpoints}
+	b.inputs = make([]input, 0, len(s.dirty))
+	for name := range s.dirty {
+		b.inputs = append(b.inputs, input{service: name, assignment: s.assignments[name], slices: s.byService[name]})
+	}
+	if len(s.dirty) > 256 {
+		s.dirty = map[types.NamespacedName]struct{}{} // a map never shrinks
+	} else {
+		clear(s.dirty)
+	}
+	s.triggers, s.changes.services, s.changes.endpoints = nil, 0, 0
+	return b, true
+}
+
+// pending gives how many changes wait to be taken, and what the sources still lack before the first take ("" if nothing).
+func (s *store) pending() (services, endpoints int, lacks string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.hasAssignments:
+		lacks = "the list of ServiceAssignments"
+	case !s.hasSlices:
+		lacks = "the list of EndpointSlices"
+	case s.node == nil:
+		lacks = "this agent's own Node"
+	}
+	return s.changes.services, s.changes.endpoints, lacks
+}
+
+// nodeLeaving says whether the node is being deleted.
+func (s *store) nodeLeaving() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.node != nil && s.node.Leaving
+}
+
+// again marks services dirty that did not change, for the loop's own reasons.
+func (s *store) again(services []types.NamespacedName) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, name := range services {
+		s.dirty[name] = struct{}{}
+	}
+	s.signal()
+}
+
+func (s *store) signal() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// advance moves a mark forward, never back: only a whole list may do that (a cluster that was restored from a backup).
+func advance(mark *string, resourceVersion string) {
+	if newer, err := resourceversion.CompareResourceVersion(resourceVersion, *mark); *mark == "" || (err == nil && newer > 0) {
+		*mark = resourceVersion
+	}
+}
+
+// assignmentFeed is the store as the source of ServiceAssignments sees it.
+type assignmentFeed struct{ *store }
+
+func (s assignmentFeed) put(o *object[compile.Assignment]) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.set(o.name, o.value)
+	advance(&s.marks.Assignments, o.resourceVersion)
+	s.signal()
+}
+
+func (s assignmentFeed) remove(name types.NamespacedName, resourceVersion string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.set(name, nil)
+	advance(&s.marks.Assignments, resourceVersion)
+	s.signal()
+}
+
+func (s assignmentFeed) replace(list []*object[compile.Assignment], resourceVersion string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	gone := maps.Clone(s.assignments)
+	for _, o := range list {
+		delete(gone, o.name)
+		s.set(o.name, o.value)
+	}
+	for name := range gone {
+		s.set(name, nil)
+	}
+	s.hasAssignments, s.marks.Assignments = true, resourceVersion
+	s.signal()
+}
+
+// The mark of a bookmark waits for the next change: it says nothing that the controller waits for, and if it woke the loop, every
+// node would write its state once a minute in a cluster where nothing happens.
+func (s assignmentFeed) bookmark(resourceVersion string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	advance(&s.marks.Assignments, resourceVersion)
+}
+
+// set stores an assignment, or forgets it if a is nil. The status of an assignment changes without its generation: that is no change here.
+func (s assignmentFeed) set(name types.NamespacedName, a *compile.Assignment) {
+	old := s.assignments[name]
+	if a == nil {
+		if old == nil {
+			return
+		}
+		delete(s.assignments, name)
+	} else {
+		if old != nil && old.UID == a.UID && old.Generation == a.Generation && a.Generation != 0 {
+			return
+		}
+		s.assignments[name] = a
+	}
+	s.dirty[name] = struct{}{}
+	s.changes.services++
+}
+
+// sliceFeed is the store as the source of EndpointSlices sees it.
+type sliceFeed struct{ *store }
+
+func (s sliceFeed) put(o *object[compile.Slice]) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// What happened before this agent started was not slow to be programmed because of it.
+	if s.set(o.name, o.value) && o.trigger.After(s.started) {
+		s.triggers = append(s.triggers, o.trigger)
+	}
+	advance(&s.marks.EndpointSlices, o.resourceVersion)
+	s.signal()
+}
+
+func (s sliceFeed) remove(name types.NamespacedName, resourceVersion string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.set(name, nil)
+	advance(&s.marks.EndpointSlices, resourceVersion)
+	s.signal()
+}
+
+func (s sliceFeed) replace(list []*object[compile.Slice], resourceVersion string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	gone := maps.Clone(s.slices)
+	for _, o := range list {
+		delete(gone, o.name)
+		s.set(o.name, o.value)
+	}
+	for name := range gone {
+		s.set(name, nil)
+	}
+	s.hasSlices, s.marks.EndpointSlices = true, resourceVersion
+	s.signal()
+}
+
+func (s sliceFeed) bookmark(resourceVersion string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	advance(&s.marks.EndpointSlices, resourceVersion)
+}
+
+// set stores a slice, or forgets it if sl is nil, and says whether that changed anything.
+func (s sliceFeed) set(name types.NamespacedName, sl *compile.Slice) bool {
+	old := s.slices[name]
+	if old == sl || (old != nil && sl != nil && old.Equal(sl)) {
+		return false
+	}
+	if old != nil {
+		s.relist(types.NamespacedName{Namespace: name.Namespace, Name: old.Service}, old, nil)
+	}
+	if sl == nil {
+		delete(s.slices, name)
+	} else {
+		s.slices[name] = sl
+		s.relist(types.NamespacedName{Namespace: name.Namespace, Name: sl.Service}, nil, sl)
+	}
+	s.changes.endpoints++
+	return true
+}
+
+// relist replaces one slice of a service by another; either may be nil.
+func (s sliceFeed) relist(service types.NamespacedName, old, sl *compile.Slice) {
+	was := s.byService[service]
+	list := make([]*compile.Slice, 0, len(was)+1)
+	for _, x := range was {
+		if x != old {
+			list = append(list, x)
+		}
+	}
+	if sl != nil {
+		list = append(list, sl)
+	}
+	if len(list) == 0 {
+		delete(s.byService, service)
+	} else {
+		s.byService[service] = slices.Clip(list)
+	}
+	s.dirty[service] = struct{}{}
+}
+
+// nodeFeed is the store as the source of the agent's own Node sees it.
+type nodeFeed struct{ *store }
+
+func (s nodeFeed) put(o *object[compile.Node]) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.node
+	s.node = o.value
+	if old == nil {
+		s.signal()
+		return
+	}
+	if old.SameForwarding(o.value) {
+		return
+	}
+	for name := range s.assignments {
+		s.dirty[name] = struct{}{}
+	}
+	s.signal()
+}
+
+// remove keeps the node as it was last: a Node object that is gone is no reason to change what the kernel forwards.
+func (s nodeFeed) remove(types.NamespacedName, string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.node != nil {
+		gone := *s.node
+		gone.Leaving = true
+		s.node = &gone
+	}
+}
+
+func (s nodeFeed) replace(list []*object[compile.Node], resourceVersion string) {
+	if len(list) == 0 {
+		s.remove(types.NamespacedName{}, resourceVersion)
+		return
+	}
+	s.put(list[0])
+}
+
+func (s nodeFeed) bookmark(string) {}
