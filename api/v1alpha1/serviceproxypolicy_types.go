@@ -251,9 +251,11 @@ type FamilyStatus struct {
 // ServiceRangeStatus is what is known about one range.
 type ServiceRangeStatus struct {
 	// cidr is the range.
+	// +kubebuilder:validation:MaxLength=43
 	CIDR string `json:"cidr"`
 	// serviceCIDR names the ServiceCIDR object that registers the range with the API server.
 	// +optional
+	// +kubebuilder:validation:MaxLength=253
 	ServiceCIDR string `json:"serviceCIDR,omitempty"`
 	// ready says that addresses can be taken from the range.
 	Ready bool `json:"ready"`
