@@ -390,6 +390,19 @@ func TestStatusThatSomeoneElseChangedIsRestored(t *testing.T) {
 	w.expect(t, "web: Programmed")
 }
 
+func TestEventsFromBeforeTheLastWriteAreIgnored(t *testing.T) {
+	w := newWorld()
+	w.addNode("a", true, nil)
+	w.slice("web", "10.244.1.2")
+	w.assign("web")
+	late := w.objects[key("web")]
+	w.report("a")
+	w.step(0)
+	if w.setAssignment(late, w.now, true) {
+		t.Error("asks for the status to be written again")
+	}
+}
+
 func TestRestart(t *testing.T) {
 	nodes := func(w *world) {
 		w.addNode("a", true, nil)

@@ -1,0 +1,36 @@
+package controllers
+
+import (
+	"time"
+)
+
+// Options are what tests and large clusters set otherwise than by default. The zero value means the defaults.
+type Options struct {
+	// RangeGrace is how long after a ServiceCIDR became Ready its addresses are given out, so that every API server has seen it. Default 2s.
+	RangeGrace time.Duration
+	// StatusInterval is the shortest time between two writes of one policy's status. Default 500ms.
+	StatusInterval time.Duration
+	// LeakAge is how old a claim or reservation must be before it is taken for a leak: older than any request that may still
+	// be under way (the API server's request timeout). Default 60s.
+	LeakAge time.Duration
+	// RetryWaiting is how often a Service that waits for an address is looked at again even if nothing was released. Default 1m.
+	RetryWaiting time.Duration
+	// Workers is how many Services are reconciled at a time. Default 8.
+	Workers int
+}
+
+func (o Options) withDefaults() Options {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&o.RangeGrace, 2*time.Second)
+	def(&o.StatusInterval, 500*time.Millisecond)
+	def(&o.LeakAge, time.Minute)
+	def(&o.RetryWaiting, time.Minute)
+	if o.Workers == 0 {
+		o.Workers = 8
+	}
+	return o
+}
