@@ -1,0 +1,310 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/controlplane"
+	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/fabric"
+	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/kubelet"
+	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/process"
+	"github.com/serviceproxy/serviceproxy-operator/test/netns"
+)
+
+// module is this project's, by which its root folder is known.
+const module = "github.com/serviceproxy/serviceproxy-operator"
+
+type step struct {
+	what string
+	do   func(context.Context) error
+}
+
+// steps are how a cluster starts. Each may rely on those before it.
+func (c *Cluster) steps() []step {
+	steps := []step{
+		{"tools are there", c.prepare},
+		{fmt.Sprintf("network: a switch, %d nodes, a host outside", c.options.Nodes), c.wire},
+		{"control plane: etcd, kube-apiserver, kube-controller-manager", c.startControlPlane},
+		{"custom resources: policies, assignments, claims, node states", c.installCRDs},
+		{"nodes are Ready", c.startNodes},
+	}
+	if c.options.Proxy {
+		steps = append(steps, step{"serviceproxy: the controller, and the agent on every node", c.startProxy})
+	}
+	return steps
+}
+
+// prepare takes the name and finds or builds the programs.
+func (c *Cluster) prepare(ctx context.Context) (err error) {
+	if c.root, err = moduleRoot(); err != nil {
+		return err
+	}
+	if c.Assets, err = c.kubernetesTools(ctx); err != nil {
+		return err
+	}
+	if c.state, err = openState(c.options.Name); err != nil {
+		return err
+	}
+	c.Dir = c.state.dir
+	if err := os.MkdirAll(c.LogDir(), 0o755); err != nil {
+		return err
+	}
+	if c.logFile, err = os.Create(filepath.Join(c.LogDir(), "kubelets.log")); err != nil {
+		return err
+	}
+	c.log = slog.New(slog.NewTextHandler(c.logFile, nil))
+	c.spawner = process.NewSpawner()
+	c.build = sync.OnceValues(c.buildPrograms)
+	if c.options.Proxy {
+		go c.build() //nolint:errcheck // it is asked again, and answers the same
+	}
+	return nil
+}
+
+// kubernetesTools gives the folder of kube-apiserver and its like, which are built if they are not there.
+func (c *Cluster) kubernetesTools(ctx context.Context) (string, error) {
+	var stderr strings.Builder
+	cmd := exec.CommandContext(ctx, filepath.Join(c.root, "hack/tools/kubernetes/build.sh"))
+	cmd.Stderr = &stderr
+	if c.options.Progress != nil {
+		cmd.Stderr = c.options.Progress
+	}
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("hack/tools/kubernetes/build.sh: %w %s", err, stderr.String())
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// buildPrograms builds the controller and the agent from this checkout.
+func (c *Cluster) buildPrograms() (string, error) {
+	bin := filepath.Join(c.Dir, "bin")
+	cmd := exec.Command("go", "build", "-o", bin+"/", "./cmd/controller", "./cmd/agent")
+	cmd.Dir = c.root
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the controller and the agent: %w\n%s", err, out)
+	}
+	return bin, nil
+}
+
+// program is the command line of one of our programs.
+func (c *Cluster) program(name string, args ...string) func(context.Context) ([]string, error) {
+	return func(context.Context) ([]string, error) {
+		bin, err := c.build()
+		return append([]string{filepath.Join(bin, name)}, args...), err
+	}
+}
+
+func (c *Cluster) wire(context.Context) (err error) {
+	if c.fabric, err = fabric.NewSwitch(routers()...); err != nil {
+		return err
+	}
+	if c.outside, err = c.fabric.NewHost("outside", outsideAddresses()...); err != nil {
+		return err
+	}
+	if err := c.state.pin("outside", c.outside); err != nil {
+		return err
+	}
+	for i := 1; i <= c.options.Nodes; i++ {
+		n := &Node{Name: fmt.Sprintf("node%d", i), Addresses: nodeAddresses(i), PodCIDRs: podCIDRs(i), cluster: c}
+		if n.NS, err = c.fabric.NewHost(n.Name, onNodeNetwork(n.Addresses)...); err != nil {
+			return err
+		}
+		if err := c.state.pin(n.Name, n.NS); err != nil {
+			return errors.Join(err, n.NS.Close())
+		}
+		c.Nodes = append(c.Nodes, n)
+	}
+	return c.route()
+}
+
+// route gives every node routes to the others' pods, and a default route, as any machine has: without one the kernel refuses a
+// connection to a Service before the rules that would translate its address have seen it.
+func (c *Cluster) route() error {
+	for _, n := range c.Nodes {
+		for _, router := range routers() {
+			everything := netip.PrefixFrom(router.Addr(), 0).Masked()
+			if err := fabric.AddRoute(n.NS, everything, router.Addr()); err != nil {
+				return fmt.Errorf("%s: %w", n.Name, err)
+			}
+		}
+		for _, other := range c.Nodes {
+			if other == n {
+				continue
+			}
+			for i, pods := range other.PodCIDRs {
+				if err := fabric.AddRoute(n.NS, pods, other.Addresses[i]); err != nil {
+					return fmt.Errorf("%s: %w", n.Name, err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) startControlPlane(ctx context.Context) (err error) {
+	c.plane, err = controlplane.New(controlplane.Config{
+		Assets: c.Assets, Dir: c.Dir, LogDir: c.LogDir(), Spawner: c.spawner,
+		ServiceCIDRs:           serviceCIDRs,
+		NodeMonitorGracePeriod: c.options.NodeMonitorGracePeriod,
+		Crashed:                c.options.Crashed,
+	})
+	if err != nil {
+		return err
+	}
+	c.APIServer, c.ControllerManager = c.plane.APIServer, c.plane.ControllerManager
+	if c.config, err = c.plane.RESTConfig(controlplane.Admin); err != nil {
+		return err
+	}
+	c.Kubeconfig = filepath.Join(c.Dir, "kubeconfig")
+	if err := c.plane.WriteKubeconfig(c.Kubeconfig, controlplane.Admin, c.plane.Port()); err != nil {
+		return err
+	}
+	if err := c.prepareController(); err != nil {
+		return err
+	}
+	return c.plane.Start(ctx)
+}
+
+func (c *Cluster) prepareController() error {
+	kubeconfig := filepath.Join(c.Dir, "controller.kubeconfig")
+	if err := c.plane.WriteKubeconfig(kubeconfig, controlplane.Admin, c.plane.Port()); err != nil {
+		return err
+	}
+	args := append([]string{
+		"--kubeconfig=" + kubeconfig, "--leader-elect=false", "--metrics-bind-address=127.0.0.1:0", "--health-probe-bind-address=127.0.0.1:0",
+	}, c.options.ControllerArgs...)
+	c.Controller = process.New(c.spawner, process.Spec{
+		Name:    "controller",
+		Command: c.program("controller", args...),
+		LogFile: filepath.Join(c.LogDir(), "controller.log"),
+		Crashed: c.options.Crashed,
+	})
+	return nil
+}
+
+func (c *Cluster) installCRDs(context.Context) error {
+	scheme := runtime.NewScheme()
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme)); err != nil {
+		return err
+	}
+	_, err := envtest.InstallCRDs(c.config, envtest.CRDInstallOptions{
+		Scheme: scheme, Paths: []string{filepath.Join(c.root, "config/crd/bases")}, ErrorIfPathMissing: true,
+	})
+	if err != nil {
+		return err
+	}
+	c.client, err = client.New(c.config, client.Options{Scheme: scheme})
+	return err
+}
+
+// startNodes starts kubelets and scheduler and waits until every node is Ready.
+func (c *Cluster) startNodes(ctx context.Context) error {
+	clientset, err := kubernetes.NewForConfig(c.config)
+	if err != nil {
+		return err
+	}
+	running, stop := context.WithCancel(context.Background())
+	c.stopKubelets = stop
+	factory := informers.NewSharedInformerFactory(clientset, 0)
+	scheduler, err := kubelet.NewScheduler(clientset, factory, c.log)
+	if err != nil {
+		return err
+	}
+	for _, n := range c.Nodes {
+		if err := n.prepare(clientset, factory); err != nil {
+			return fmt.Errorf("%s: %w", n.Name, err)
+		}
+	}
+	factory.StartWithContext(running)
+	c.kubelets.Go(func() { scheduler.Run(running) })
+	for _, n := range c.Nodes {
+		n.powerOn(running)
+	}
+	c.kubelets.Go(func() {
+		<-running.Done()
+		factory.Shutdown()
+	})
+	return c.awaitNodes(ctx)
+}
+
+func (c *Cluster) awaitNodes(ctx context.Context) error {
+	for {
+		var nodes corev1.NodeList
+		err := c.client.List(ctx, &nodes)
+		ready := 0
+		for i := range nodes.Items {
+			if kubelet.NodeReady(&nodes.Items[i]) {
+				ready++
+			}
+		}
+		if err == nil && ready == len(c.Nodes) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d nodes are Ready: %w", ready, len(c.Nodes), errors.Join(context.Cause(ctx), err))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (c *Cluster) startProxy(ctx context.Context) error {
+	if err := c.Controller.Start(ctx); err != nil {
+		return err
+	}
+	for _, n := range c.Nodes {
+		if err := n.Agent.Start(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// podChanged keeps the names of the pods' namespaces.
+func (c *Cluster) podChanged(pod types.NamespacedName, ns *netns.NS) {
+	name := pod.Namespace + "." + pod.Name
+	err := c.state.unpin(name)
+	if ns != nil && err == nil {
+		err = c.state.pin(name, ns)
+	}
+	if err != nil {
+		c.log.Error("name the namespace of a pod", "pod", pod, "error", err)
+	}
+}
+
+// moduleRoot finds this project's root folder from the current one.
+func moduleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		mod, err := os.ReadFile(filepath.Join(d, "go.mod"))
+		if err == nil && strings.HasPrefix(string(mod), "module "+module+"\n") {
+			return d, nil
+		}
+		if d == filepath.Dir(d) {
+			return "", fmt.Errorf("%s is not inside a checkout of %s: its CRDs and programs are needed", dir, module)
+		}
+	}
+}
