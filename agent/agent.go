@@ -63,8 +63,9 @@ func Run(ctx context.Context, c Config) error {
 
 	serve(ctx, &running, fail, "health", c.Health, h.handler())
 	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())
-	for _, source := range clients.reflectors(c.Log, c.NodeName, s, r) {
-		running.Go(func() { source.RunWithContext(ctx) })
+	for _, source := range clients.sources(c.Log, c.NodeName, s, r) {
+		reflector := source.reflector(c.Log)
+		running.Go(func() { reflector.RunWithContext(ctx) })
 	}
 	running.Go(func() { r.run(ctx) })
 

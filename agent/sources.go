@@ -178,36 +178,47 @@ func newClient(config *rest.Config, httpClient *http.Client, group schema.GroupV
 // sliceSelector leaves out what no service IP can lead to: slices that belong to no Service, and those of headless ones.
 const sliceSelector = discoveryv1.LabelServiceName + ",!" + corev1.IsHeadlessService
 
-// reflectors are the sources: they fill the store and the reporter from the API server while they run.
-func (c *clients) reflectors(log logr.Logger, nodeName string, s *store, r *reporter) []*cache.Reflector {
+// source is one kind of object that the agent watches.
+type source struct {
+	resource string
+	client   *rest.RESTClient
+	// narrow leaves out what the agent does not need.
+	narrow  func(*metav1.ListOptions)
+	example runtime.Object
+	store   cache.ReflectorStore
+}
+
+// sources fill the store and the reporter.
+func (c *clients) sources(log logr.Logger, nodeName string, s *store, r *reporter) []source {
 	own := func(o *metav1.ListOptions) {
 		o.FieldSelector = fields.OneTermEqualSelector("metadata.name", nodeName).String()
 	}
 	withService := func(o *metav1.ListOptions) { o.LabelSelector = sliceSelector }
 	all := func(*metav1.ListOptions) {}
-
-	return []*cache.Reflector{
-		newReflector(log, c.core, "nodes", own, &corev1.Node{}, &reflectorStore[compile.Node]{
-			feed: nodeFeed{s}, parse: parser(log, "Node", compile.ParseNode)}),
-		newReflector(log, c.discovery, "endpointslices", withService, &discoveryv1.EndpointSlice{}, &reflectorStore[compile.Slice]{
-			feed: sliceFeed{s}, parse: parser(log, "EndpointSlice", func(in *discoveryv1.EndpointSlice) (*compile.Slice, []compile.Problem) {
-				return compile.ParseSlice(in, nodeName)
-			})}),
-		newReflector(log, c.serviceproxy, "serviceassignments", all, &v1alpha1.ServiceAssignment{}, &reflectorStore[compile.Assignment]{
-			feed: assignmentFeed{s}, parse: parser(log, "ServiceAssignment", compile.ParseAssignment)}),
-		newReflector(log, c.serviceproxy, "nodeproxystates", own, &v1alpha1.NodeProxyState{}, &reflectorStore[v1alpha1.NodeProxyState]{
-			feed: r, parse: parser(log, "NodeProxyState", func(in *v1alpha1.NodeProxyState) (*v1alpha1.NodeProxyState, []compile.Problem) {
-				return in, nil
-			})}),
+	parseSlice := func(in *discoveryv1.EndpointSlice) (*compile.Slice, []compile.Problem) {
+		return compile.ParseSlice(in, nodeName)
+	}
+	asItIs := func(in *v1alpha1.NodeProxyState) (*v1alpha1.NodeProxyState, []compile.Problem) { return in, nil }
+	return []source{
+		{"nodes", c.core, own, &corev1.Node{},
+			&reflectorStore[compile.Node]{nodeFeed{s}, parser(log, "Node", compile.ParseNode)}},
+		{"endpointslices", c.discovery, withService, &discoveryv1.EndpointSlice{},
+			&reflectorStore[compile.Slice]{sliceFeed{s}, parser(log, "EndpointSlice", parseSlice)}},
+		{"serviceassignments", c.serviceproxy, all, &v1alpha1.ServiceAssignment{},
+			&reflectorStore[compile.Assignment]{assignmentFeed{s}, parser(log, "ServiceAssignment", compile.ParseAssignment)}},
+		{"nodeproxystates", c.serviceproxy, own, &v1alpha1.NodeProxyState{},
+			&reflectorStore[v1alpha1.NodeProxyState]{r, parser(log, "NodeProxyState", asItIs)}},
 	}
 }
 
-func newReflector(log logr.Logger, c *rest.RESTClient, resource string, narrow func(*metav1.ListOptions), example runtime.Object, s cache.ReflectorStore) *cache.Reflector {
-	lw := cache.ToListWatcherWithWatchListSemantics(cache.NewFilteredListWatchFromClient(c, resource, metav1.NamespaceAll, narrow), c)
-	log = log.WithName("watch").WithValues("resource", resource)
-	return cache.NewReflectorWithOptions(lw, example, s, cache.ReflectorOptions{
+// reflector lists and watches a source for as long as it runs; it retries by itself.
+func (s source) reflector(log logr.Logger) *cache.Reflector {
+	lw := cache.ToListWatcherWithWatchListSemantics(
+		cache.NewFilteredListWatchFromClient(s.client, s.resource, metav1.NamespaceAll, s.narrow), s.client)
+	log = log.WithName("watch").WithValues("resource", s.resource)
+	return cache.NewReflectorWithOptions(lw, s.example, s.store, cache.ReflectorOptions{
 		Logger: &log,
-		Name:   resource,
+		Name:   s.resource,
 		// Soon after the API server is back, the agent must be too: client-go's default waits for up to a minute. The jitter
 		// spreads the nodes.
 		Backoff: &wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 8, Cap: 10 * time.Second},

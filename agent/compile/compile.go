@@ -10,7 +10,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
-// Services gives what a node forwards of one Service, one entry per port, sorted by key: nothing if the node is not selected. The
+// Services gives what a node forwards of one Service, one entry per port that can be reached, sorted by key: nothing if the node is not selected. The
 // outcome depends on the arguments' content only, never on the order of slices, endpoints or ports.
 func Services(a *Assignment, slicesOf []*Slice, node *Node) []*forwarding.Service {
 	if a.NodeSelector != nil && !a.NodeSelector.Matches(labels.Set(node.Labels)) {
@@ -18,6 +18,9 @@ func Services(a *Assignment, slicesOf []*Slice, node *Node) []*forwarding.Servic
 	}
 	out := make([]*forwarding.Service, 0, len(a.Ports))
 	for i := range a.Ports {
+		if len(a.ServiceIPs) == 0 && len(a.ExternalIPs) == 0 && a.Ports[i].NodePort == 0 {
+			continue
+		}
 		out = append(out, service(a, &a.Ports[i], slicesOf, node))
 	}
 	slices.SortFunc(out, func(x, y *forwarding.Service) int { return x.Key.Compare(y.Key) })
