@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Runs the tests of one kind (see packages.sh):
+#
+#   test.sh KIND [go test flag...]
+#
+# Environment: CI, if set, makes a skipped test a failure. KUBEBUILDER_ASSETS: see tools/kubernetes/build.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+kind=${1:?kind of tests: unit, envtest, netns or e2e}
+shift
+mapfile -t packages < <(hack/packages.sh "$kind")
+[ ${#packages[@]} -gt 0 ] || { echo "no package has $kind tests" >&2; exit 1; }
+
+flags=()
+case $kind in
+  unit) ;;
+  # Go cannot see what these read (programs, manifests, the kernel), so it must not remember their results.
+  envtest) flags+=(-count=1 -timeout=10m) ;;
+  netns | e2e)
+    flags+=(-count=1 -timeout=20m -p=1) # side by side they would measure and disturb one another
+    if [ "$(id -u)" -ne 0 ]; then
+      if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+        flags+=(-exec "sudo --preserve-env=PATH,HOME,CI,KUBEBUILDER_ASSETS,GOFLAGS,GOCACHE,GOMODCACHE")
+      else
+        echo "$kind tests make network namespaces and need root: without it they are skipped. Run this as root, or let sudo work without a password." >&2
+      fi
+    fi
+    ;;
+esac
+if [ "$kind" != unit ]; then
+  KUBEBUILDER_ASSETS=$(hack/tools/kubernetes/build.sh)
+  export KUBEBUILDER_ASSETS
+fi
+
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+go build -o "$report" ./hack/testreport # not `go run`, which would hide the exit status
+echo "--- $kind tests (${#packages[@]} packages)"
+set +e
+go test -json "${flags[@]}" "$@" "${packages[@]}" | "$report" ${CI:+-no-skips}
+status=("${PIPESTATUS[@]}")
+# A test binary's failure is in the report too. Both are looked at, so that neither can be lost.
+[ "${status[0]}" -eq 0 ] && [ "${status[1]}" -eq 0 ]
