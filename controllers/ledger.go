@@ -1,0 +1,391 @@
+package controllers
+
+import (
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/util/workqueue"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+)
+
+type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
+
+// policyEntry is a policy as the API has it and as it was parsed; parsed is nil if it could not be.
+type policyEntry struct {
+	api    *v1alpha1.ServiceProxyPolicy
+	parsed *allocator.Policy
+	err    error
+	// clash tells which node's addresses a range overlaps, empty if none.
+	clash string
+}
+
+// registration is what is known of one ServiceCIDR.
+type registration struct {
+	prefixes []netip.Prefix
+	ours     string // the policy it was created for, empty if it is not ours
+	ready    time.Time
+}
+
+// nodeEntry is what policies need to know of a node.
+type nodeEntry struct {
+	labels   map[string]string
+	ready    bool
+	prefixes []netip.Prefix // its pod CIDRs and its own addresses
+	modes    []v1alpha1.NodeProxyMode
+	exists   bool
+}
+
+// assignmentEntry is what policy status counts of an assignment.
+type assignmentEntry struct {
+	policy                          string
+	assigned, programmed, exhausted bool
+}
+
+// tally counts the assignments of a policy.
+type tally struct{ covered, assigned, programmed, waiting int32 }
+
+// pending marks a lock that this process is taking: granted, its claim not yet seen by the informer.
+type pending struct{ since time.Time }
+
+// ledger is the view that this process has of policies, claims, the API server's own locks and coverage. Informer events keep it up to date at a cost
+// that does not grow with the cluster. It is a cache: it proposes what to lock and spares reads, and never proves that something is free.
+type ledger struct {
+	options Options
+	synced  chan struct{}
+
+	mu          sync.Mutex
+	space       *allocator.Space
+	policies    map[string]*policyEntry
+	cidrs       map[string]registration // by name of the ServiceCIDR
+	nodes       map[string]nodeEntry
+	claims      map[allocator.Lock]*v1alpha1.AllocationClaim // as the informer has them: read only
+	pending     map[allocator.Lock]pending
+	services    map[types.NamespacedName][]allocator.Lock // every Service and its node ports
+	assignments map[types.NamespacedName]assignmentEntry
+	tallies     map[string]*tally
+	waiting     map[string]*waitlist // Services that wait for an address, by policy
+
+	resolved  []*allocator.Policy
+	conflicts []allocator.Conflict
+	stale     bool      // resolved is older than its inputs
+	nextReady time.Time // when a range's grace ends, zero if none is in it
+
+	serviceQueue, policyQueue queue
+}
+
+func newLedger(options Options) *ledger {
+	return &ledger{
+		options: options, synced: make(chan struct{}),
+		space:       allocator.NewSpace(rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))),
+		policies:    map[string]*policyEntry{},
+		cidrs:       map[string]registration{},
+		nodes:       map[string]nodeEntry{},
+		claims:      map[allocator.Lock]*v1alpha1.AllocationClaim{},
+		pending:     map[allocator.Lock]pending{},
+		services:    map[types.NamespacedName][]allocator.Lock{},
+		assignments: map[types.NamespacedName]assignmentEntry{},
+		tallies:     map[string]*tally{},
+		waiting:     map[string]*waitlist{},
+	}
+}
+
+// waitlist is a queue of distinct Services, first come, first served.
+type waitlist struct {
+	order []types.NamespacedName
+	in    map[types.NamespacedName]bool
+}
+
+func (w *waitlist) add(key types.NamespacedName) {
+	if !w.in[key] {
+		w.in[key] = true
+		w.order = append(w.order, key)
+	}
+}
+
+func (w *waitlist) pop() (key types.NamespacedName, ok bool) {
+	for len(w.order) > 0 {
+		key, w.order = w.order[0], w.order[1:]
+		if w.in[key] {
+			delete(w.in, key)
+			return key, true
+		}
+	}
+	return key, false
+}
+
+// refresh settles the policies' ranges anew if anything that decides about them changed. Callers hold mu.
+func (l *ledger) refresh(now time.Time) {
+	if !l.stale && (l.nextReady.IsZero() || now.Before(l.nextReady)) {
+		return
+	}
+	l.stale, l.nextReady = false, time.Time{}
+	usable := map[netip.Prefix]bool{}
+	for _, c := range l.cidrs {
+		if c.ready.IsZero() {
+			continue
+		}
+		at := c.ready.Add(l.options.RangeGrace)
+		if now.Before(at) {
+			if l.nextReady.IsZero() || at.Before(l.nextReady) {
+				l.nextReady = at
+			}
+			continue
+		}
+		for _, p := range c.prefixes {
+			usable[p] = true
+		}
+	}
+	var parsed []*allocator.Policy
+	for _, e := range l.policies {
+		if e.parsed == nil {
+			continue
+		}
+		e.clash = l.clash(e.parsed)
+		p := *e.parsed
+		p.Ranges = slices.Clone(p.Ranges)
+		for i := range p.Ranges {
+			r := &p.Ranges[i]
+			r.Usable = e.clash == "" && (r.Use == v1alpha1.RangeUseLoadBalancer || usable[r.Prefix])
+		}
+		parsed = append(parsed, &p)
+	}
+	before := map[string]int{}
+	for _, p := range l.resolved {
+		before[p.Name] = usableRanges(p)
+	}
+	l.resolved, l.conflicts = allocator.Resolve(parsed)
+	l.space.Configure(l.resolved)
+	for _, p := range l.resolved {
+		if usableRanges(p) > before[p.Name] {
+			l.wakeAll(p.Name)
+		}
+		l.touch(p.Name)
+	}
+}
+
+func usableRanges(p *allocator.Policy) (n int) {
+	for _, r := range p.Ranges {
+		if r.Usable {
+			n++
+		}
+	}
+	return n
+}
+
+// clash finds a node whose pods' or own addresses lie in a range of the policy.
+func (l *ledger) clash(p *allocator.Policy) string {
+	worst := ""
+	for name, n := range l.nodes {
+		for _, r := range p.Ranges {
+			for _, used := range n.prefixes {
+				if msg := r.Prefix.String() + " overlaps " + used.String() + " of node " + name; r.Prefix.Overlaps(used) && (worst == "" || msg < worst) {
+					worst = msg
+				}
+			}
+		}
+	}
+	return worst
+}
+
+// covering finds the policy that covers the Service, nil if none does.
+func (l *ledger) covering(svc *corev1.Service, namespaceLabels map[string]string, current string) (*allocator.Policy, *v1alpha1.ServiceProxyPolicy) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.refresh(time.Now())
+	p := allocator.Select(l.resolved, svc, namespaceLabels, current)
+	if p == nil {
+		return nil, nil
+	}
+	return p, l.policies[p.Name].api
+}
+
+// restFor is how long a lock that was taken from the policy rests once released.
+func (l *ledger) restFor(policy string) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.policies[policy]; e != nil && e.parsed != nil {
+		return e.parsed.RestFor()
+	}
+	return allocator.DefaultQuarantine
+}
+
+// grant proposes a lock and keeps it from being proposed again until the claim is seen or abandon is called.
+func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	l.refresh(now)
+	g, err := l.space.Grant(r)
+	if err == nil {
+		l.pending[g.Lock] = pending{since: now}
+	}
+	return g, err
+}
+
+// taking says that this process is about to create or change the claim on a lock that the API server already gave to the holder.
+func (l *ledger) taking(lock allocator.Lock, h allocator.Hold) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pending[lock] = pending{since: time.Now()}
+	l.space.Hold(lock, h)
+}
+
+// took says that the write succeeded. If the informer has seen the claim already, it knows better.
+func (l *ledger) took(lock allocator.Lock, h allocator.Hold) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.pending[lock]; ok {
+		l.space.Hold(lock, h)
+	}
+}
+
+// abandon says that the write failed: what the informer last saw holds again.
+func (l *ledger) abandon(lock allocator.Lock) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.abandonLocked(lock)
+}
+
+func (l *ledger) abandonLocked(lock allocator.Lock) {
+	if _, ok := l.pending[lock]; !ok {
+		return
+	}
+	delete(l.pending, lock)
+	if claim := l.claims[lock]; claim != nil {
+		l.space.Hold(lock, holdOf(claim))
+		return
+	}
+	l.space.Drop(lock)
+	l.wake(lock)
+}
+
+// sweep abandons what has been pending for too long: its claim was made and deleted while the informer's watch was broken.
+func (l *ledger) sweep(before time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for lock, p := range l.pending {
+		if p.since.Before(before) {
+			l.abandonLocked(lock)
+		}
+	}
+}
+
+func (l *ledger) held(lock allocator.Lock) (allocator.Hold, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.space.Held(lock)
+}
+
+// heldBy returns the locks of all Services that ever had the name and are not forgotten yet.
+func (l *ledger) heldBy(key types.NamespacedName) map[allocator.Lock]allocator.Hold {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Collect(l.space.HeldBy(key.Namespace, key.Name))
+}
+
+// claim is the claim on a lock as the informer last saw it, nil if there is none. It must not be changed.
+func (l *ledger) claim(lock allocator.Lock) *v1alpha1.AllocationClaim {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.claims[lock]
+}
+
+// wait puts a Service on the policy's waiting list: it is reconciled when something is released.
+func (l *ledger) wait(policy string, key types.NamespacedName) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiting[policy] == nil {
+		l.waiting[policy] = &waitlist{in: map[types.NamespacedName]bool{}}
+	}
+	l.waiting[policy].add(key)
+}
+
+// wake reconciles the Service that has waited longest for each policy that declares the lock. Callers hold mu.
+func (l *ledger) wake(lock allocator.Lock) {
+	for policy := range l.space.PoliciesOf(lock) {
+		if w := l.waiting[policy]; w != nil && l.serviceQueue != nil {
+			if key, ok := w.pop(); ok {
+				l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+			}
+		}
+	}
+}
+
+func (l *ledger) wakeAll(policy string) {
+	if w := l.waiting[policy]; w != nil && l.serviceQueue != nil {
+		for key, ok := w.pop(); ok; key, ok = w.pop() {
+			l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+		}
+	}
+}
+
+// touch has the policy's status looked at soon. Many touches within StatusInterval are one. Callers hold mu.
+func (l *ledger) touch(policy string) {
+	if l.policyQueue != nil && policy != "" {
+		l.policyQueue.AddAfter(reconcile.Request{NamespacedName: types.NamespacedName{Name: policy}}, l.options.StatusInterval)
+	}
+}
+
+func (l *ledger) touchAll() {
+	for name := range l.policies {
+		l.touch(name)
+	}
+}
+
+// inUse counts what keeps a range from being given up: claims that the policy made in it, and the API server's locks of other Services. What lies in one of the
+// ranges of except does not count. A zero prefix counts the claims of the policy wherever they are.
+func (l *ledger) inUse(policy string, prefix netip.Prefix, except []netip.Prefix) (claims, foreign int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for lock, hold := range l.space.All() {
+		if !prefix.IsValid() {
+			if hold != nil && hold.Policy == policy {
+				claims++
+			}
+			continue
+		}
+		if lock.IsPort() || !prefix.Contains(lock.Addr) || slices.ContainsFunc(except, func(p netip.Prefix) bool { return p.Contains(lock.Addr) }) {
+			continue
+		}
+		if hold != nil {
+			claims++
+		} else {
+			foreign++
+		}
+	}
+	return claims, foreign
+}
+
+func holdOf(c *v1alpha1.AllocationClaim) allocator.Hold {
+	return allocator.Hold{Policy: c.Spec.PolicyName, Use: c.Spec.Use, State: c.Spec.State,
+		Holder: allocator.Holder{Namespace: c.Spec.Holder.Namespace, Name: c.Spec.Holder.Name, UID: string(c.Spec.Holder.UID)}}
+}
+
+func serviceKey(h allocator.Holder) types.NamespacedName {
+	return types.NamespacedName{Namespace: h.Namespace, Name: h.Name}
+}
+
+// isOurs says whether an object carries our label. What does not is never changed or deleted.
+func isOurs(labels map[string]string) bool {
+	return labels[labelManagedBy] == v1alpha1.ManagedBy
+}
+
+const labelManagedBy = "app.kubernetes.io/managed-by"
+
+// ourReservation says whether an IPAddress is a reservation of ours, and for which Service.
+func ourReservation(ip *networkingv1.IPAddress) (types.NamespacedName, bool) {
+	if ip.Labels[networkingv1.LabelManagedBy] != v1alpha1.ManagedBy || ip.Spec.ParentRef == nil || ip.Spec.ParentRef.Resource != "services" {
+		return types.NamespacedName{}, false
+	}
+	return types.NamespacedName{Namespace: ip.Spec.ParentRef.Namespace, Name: ip.Spec.ParentRef.Name}, true
+}

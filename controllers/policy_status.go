@@ -1,0 +1,168 @@
+package controllers
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	apimeta "k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+)
+
+// policyStatus says what is true of a policy. It is pure but for the transition times of conditions that change.
+func policyStatus(policy *v1alpha1.ServiceProxyPolicy, v policyView, drained []drainedRange) v1alpha1.ServiceProxyPolicyStatus {
+	out := v1alpha1.ServiceProxyPolicyStatus{ObservedGeneration: policy.Generation, Conditions: slices.Clone(policy.Status.Conditions), Nodes: v.nodes}
+	out.Services = v1alpha1.PolicyServicesStatus{Covered: v.tally.covered, Assigned: v.tally.assigned, Programmed: v.tally.programmed, Waiting: v.tally.waiting}
+	for _, family := range []v1alpha1.IPFamily{v1alpha1.IPv4, v1alpha1.IPv6} {
+		if c, ok := v.families[family]; ok {
+			out.Families = append(out.Families, v1alpha1.FamilyStatus{Family: family, AddressCounts: addressCounts(c)})
+		}
+	}
+	if v.resolved != nil {
+		for _, r := range v.resolved.Ranges {
+			counts := v.ranges[r.Prefix]
+			status := v1alpha1.ServiceRangeStatus{CIDR: r.Prefix.String(), Ready: r.Usable && !v.wholly(r.Prefix), Foreign: counts.Foreign, AddressCounts: addressCounts(counts)}
+			if r.Use == v1alpha1.RangeUseClusterIP {
+				status.ServiceCIDR = v.registered[r.Prefix]
+			}
+			out.ServiceRanges = append(out.ServiceRanges, status)
+		}
+		if p := v.ports; v.resolved.NodePorts.Size() > 0 {
+			out.NodePorts = &v1alpha1.NodePortStatus{Total: int32(p.Total), Allocated: int32(p.Allocated + p.Foreign), Quarantined: int32(p.Quarantined), Free: int32(p.Free)}
+		}
+	}
+	for _, d := range drained {
+		out.ServiceRanges = append(out.ServiceRanges, v1alpha1.ServiceRangeStatus{CIDR: d.prefix.String(), ServiceCIDR: d.serviceCIDR,
+			Foreign: int64(d.foreign), AddressCounts: v1alpha1.AddressCounts{Allocated: int64(d.claims)}})
+	}
+	for _, c := range v.conditions() {
+		c.ObservedGeneration = policy.Generation
+		apimeta.SetStatusCondition(&out.Conditions, c)
+	}
+	return out
+}
+
+func addressCounts(c allocator.Counts) v1alpha1.AddressCounts {
+	return v1alpha1.AddressCounts{Total: c.Total, Allocated: c.Allocated + c.Foreign, Quarantined: c.Quarantined, Free: c.Free}
+}
+
+// Reasons of a policy's conditions besides those of an assignment.
+const (
+	reasonAccepted      = "Accepted"
+	reasonInvalid       = "Invalid"
+	reasonOverlapsNode  = "OverlapsNodeAddresses"
+	reasonNoConflict    = "NoConflict"
+	reasonOverlap       = "OverlapsOlderPolicy"
+	reasonRegistered    = "Registered"
+	reasonRegistering   = "Registering"
+	reasonNotAccepted   = "NotAccepted"
+	reasonAvailable     = "Available"
+	reasonProgrammed    = "Programmed"
+	reasonProgramming   = "Programming"
+	reasonUnsupported   = "UnsupportedNodes"
+	reasonNoServices    = "NoServices"
+	reasonReady         = "Ready"
+	reasonDeletionWaits = "DeletionWaits"
+)
+
+// conditions states each condition; Ready is the first of the others that is not as it should be.
+func (v policyView) conditions() []metav1.Condition {
+	all := []metav1.Condition{v.accepted(), v.conflicted(), v.rangesReady(), v.capacityAvailable(), v.programmed()}
+	ready := condition(v1alpha1.PolicyReady, true, reasonReady, "the policy is accepted, its ranges are ready and what it covers is programmed")
+	for _, c := range all {
+		if good := c.Type != v1alpha1.PolicyConflicted; (c.Status == metav1.ConditionTrue) != good {
+			ready = condition(v1alpha1.PolicyReady, false, c.Reason, c.Message)
+			break
+		}
+	}
+	return append(all, ready)
+}
+
+func condition(kind string, status bool, reason, message string) metav1.Condition {
+	c := metav1.Condition{Type: kind, Status: metav1.ConditionFalse, Reason: reason, Message: message}
+	if status {
+		c.Status = metav1.ConditionTrue
+	}
+	return c
+}
+
+func (v policyView) accepted() metav1.Condition {
+	switch {
+	case v.invalid != nil:
+		return condition(v1alpha1.PolicyAccepted, false, reasonInvalid, v.invalid.Error())
+	case v.clash != "":
+		return condition(v1alpha1.PolicyAccepted, false, reasonOverlapsNode, v.clash+": no address of the policy is given out, because it would shadow pods or nodes")
+	}
+	return condition(v1alpha1.PolicyAccepted, true, reasonAccepted, "the policy makes sense in this cluster")
+}
+
+func (v policyView) conflicted() metav1.Condition {
+	if len(v.conflicts) == 0 {
+		return condition(v1alpha1.PolicyConflicted, false, reasonNoConflict, "no other policy has older rights to what this one declares")
+	}
+	var lines []string
+	for _, c := range v.conflicts {
+		lines = append(lines, c.String())
+	}
+	slices.Sort(lines)
+	if len(lines) > maxNamed {
+		lines = append(lines[:maxNamed:maxNamed], "...")
+	}
+	return condition(v1alpha1.PolicyConflicted, true, reasonOverlap, strings.Join(lines, "; ")+"; this policy gives out nothing of it")
+}
+
+func (v policyView) rangesReady() metav1.Condition {
+	if v.resolved == nil || v.clash != "" {
+		return condition(v1alpha1.PolicyRangesReady, false, reasonNotAccepted, "ranges are registered once the policy is accepted")
+	}
+	var missing []string
+	for _, r := range v.resolved.Ranges {
+		if !r.Usable && !v.wholly(r.Prefix) {
+			missing = append(missing, r.Prefix.String())
+		}
+	}
+	if len(missing) > 0 {
+		return condition(v1alpha1.PolicyRangesReady, false, reasonRegistering, "waiting for the API servers to know "+strings.Join(missing, ", ")+" as ServiceCIDR")
+	}
+	return condition(v1alpha1.PolicyRangesReady, true, reasonRegistered, "the API server knows every ClusterIP range")
+}
+
+func (v policyView) capacityAvailable() metav1.Condition {
+	if v.tally.waiting == 0 {
+		return condition(v1alpha1.PolicyCapacityAvailable, true, reasonAvailable, "no Service waits for an address or node port")
+	}
+	var full []string
+	for _, family := range []v1alpha1.IPFamily{v1alpha1.IPv4, v1alpha1.IPv6} {
+		if c, ok := v.families[family]; ok && c.Free == 0 {
+			full = append(full, (&allocator.ExhaustedError{Policy: v.resolved.Name, Family: family, Used: c.Total - c.Free, Total: c.Total}).Error())
+		}
+	}
+	if len(full) == 0 {
+		full = []string{"Services wait for addresses that were released just now, or whose range gives out nothing"}
+	}
+	return condition(v1alpha1.PolicyCapacityAvailable, false, reasonExhausted, strings.Join(full, "; "))
+}
+
+func (v policyView) programmed() metav1.Condition {
+	switch {
+	case v.nodes.Unsupported > 0:
+		return condition(v1alpha1.PolicyProgrammed, false, reasonUnsupported, "nodes that cannot do the policy's proxyMode: "+strings.Join(v.unsupported, "; "))
+	case v.tally.covered == 0:
+		return condition(v1alpha1.PolicyProgrammed, true, reasonNoServices, "the policy covers no Service")
+	case v.tally.programmed < v.tally.covered:
+		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every covered Service is programmed on every selected node that is Ready")
+	}
+	return condition(v1alpha1.PolicyProgrammed, true, reasonProgrammed, "every covered Service is programmed on every selected node that is Ready")
+}
+
+// setDeleting says in Ready what a deletion waits for.
+func setDeleting(status *v1alpha1.ServiceProxyPolicyStatus, policy *v1alpha1.ServiceProxyPolicy, claims, foreign, covered int) {
+	c := condition(v1alpha1.PolicyReady, false, reasonDeletionWaits, fmt.Sprintf(
+		"deletion waits: %d claims on addresses and node ports are left, %d covered Services, %d cluster IPs of other Services in its ranges; delete or relabel these Services to let it end",
+		claims, covered, foreign))
+	c.ObservedGeneration = policy.Generation
+	apimeta.SetStatusCondition(&status.Conditions, c)
+}

@@ -1,0 +1,441 @@
+package controllers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+)
+
+// errHeldElsewhere says that somebody else holds a lock that this Service should have. It passes: the retry decides anew.
+var errHeldElsewhere = errors.New("held by another Service")
+
+// maxAttempts bounds how many addresses one reconcile tries when others keep getting there first.
+const maxAttempts = 32
+
+// adoptable lists what the API server gave the Service from what the policy declares.
+func adoptable(svc *corev1.Service, policy *allocator.Policy) map[allocator.Lock]v1alpha1.ClaimUse {
+	out := map[allocator.Lock]v1alpha1.ClaimUse{}
+	for _, a := range clusterAddrs(svc) {
+		if r := policy.RangeOf(a); r != nil && r.Use == v1alpha1.RangeUseClusterIP {
+			out[allocator.AddrLock(a)] = v1alpha1.ClaimUseClusterIP
+		}
+	}
+	for _, lock := range nodePorts(svc) {
+		if !policy.NodePorts.Contains(lock.Port) {
+			continue
+		}
+		out[lock] = v1alpha1.ClaimUseNodePort
+		if int32(lock.Port) == svc.Spec.HealthCheckNodePort {
+			out[lock] = v1alpha1.ClaimUseHealthCheckNodePort
+		}
+	}
+	return out
+}
+
+// owed lists the families of which the policy gives a Service an address of its own, but the API server did not.
+func owed(svc *corev1.Service, policy *allocator.Policy) []v1alpha1.IPFamily {
+	var out []v1alpha1.IPFamily
+	for _, a := range clusterAddrs(svc) {
+		family := familyOf(a)
+		if r := policy.RangeOf(a); r != nil && r.Use == v1alpha1.RangeUseClusterIP {
+			continue
+		}
+		if slices.ContainsFunc(policy.Ranges, func(r allocator.Range) bool {
+			return r.Use == v1alpha1.RangeUseClusterIP && r.Allocation == v1alpha1.RangeAllocationAutomatic && familyOf(r.Prefix.Addr()) == family
+		}) {
+			out = append(out, family)
+		}
+	}
+	return out
+}
+
+func familyOf(a netip.Addr) v1alpha1.IPFamily {
+	if a.Is4() {
+		return v1alpha1.IPv4
+	}
+	return v1alpha1.IPv6
+}
+
+func holderOf(svc *corev1.Service) allocator.Holder {
+	return allocator.Holder{Namespace: svc.Namespace, Name: svc.Name, UID: string(svc.UID)}
+}
+
+// additionalOf finds the additional addresses that a Service keeps: one per family that it has, the one its assignment shows if several
+// were taken by racing replicas. They are kept even where the policy no longer declares or owes them: a valid address is never moved.
+func additionalOf(svc *corev1.Service, policy string, held map[allocator.Lock]allocator.Hold, assignment *v1alpha1.ServiceAssignment) map[v1alpha1.IPFamily]netip.Addr {
+	assigned := map[string]bool{}
+	if assignment != nil {
+		for _, ip := range assignment.Spec.ServiceIPs {
+			assigned[ip.IP] = true
+		}
+	}
+	out := map[v1alpha1.IPFamily]netip.Addr{}
+	for lock, hold := range held {
+		if hold.Use != v1alpha1.ClaimUseAdditionalIP || hold.State != v1alpha1.ClaimBound || hold.Policy != policy || hold.Holder != holderOf(svc) {
+			continue
+		}
+		family := familyOf(lock.Addr)
+		if !slices.ContainsFunc(clusterAddrs(svc), func(a netip.Addr) bool { return familyOf(a) == family }) {
+			continue
+		}
+		best, several := out[family]
+		better := lock.Addr.Less(best)
+		if a, b := assigned[lock.Addr.String()], assigned[best.String()]; a != b {
+			better = a
+		}
+		if !several || better {
+			out[family] = lock.Addr
+		}
+	}
+	return out
+}
+
+// allocate records what the API server gave, and takes what else the policy owes. It returns the additional addresses of the Service, and why it has not all
+// that it is owed, if so. Held beats new: what exists is claimed before anything is granted.
+func (r *serviceReconciler) allocate(ctx context.Context, svc *corev1.Service, policy *allocator.Policy, assignment *v1alpha1.ServiceAssignment) (additional []netip.Addr, shortage, err error) {
+	for lock, use := range adoptable(svc, policy) {
+		if err := r.adopt(ctx, svc, lock, use, policy.Name); err != nil {
+			return nil, nil, err
+		}
+	}
+	have := additionalOf(svc, policy.Name, r.ledger.heldBy(client.ObjectKeyFromObject(svc)), assignment)
+	for family, addr := range have {
+		ok, err := r.reserve(ctx, svc, addr)
+		if err != nil {
+			return nil, nil, err
+		}
+		if !ok { // somebody removed our reservation and the address went to another Service
+			ctrl.LoggerFrom(ctx).Info("An additional address was lost to another holder", "address", addr)
+			if err := r.forget(ctx, allocator.AddrLock(addr)); err != nil {
+				return nil, nil, err
+			}
+			delete(have, family)
+		}
+	}
+	var short []error
+	for _, family := range owed(svc, policy) {
+		if _, ok := have[family]; ok {
+			continue
+		}
+		addr, err := r.takeAdditional(ctx, svc, policy.Name, family)
+		switch {
+		case errors.Is(err, allocator.ErrExhausted), errors.Is(err, allocator.ErrNotUsable):
+			short = append(short, err)
+			r.ledger.wait(policy.Name, client.ObjectKeyFromObject(svc))
+		case err != nil:
+			return nil, nil, err
+		default:
+			have[family] = addr
+		}
+	}
+	for _, addr := range have {
+		additional = append(additional, addr)
+	}
+	return sortedAddrs(additional), errors.Join(short...), nil
+}
+
+// adopt makes the claim on what the API server gave the Service say so. The API server's own lock is the proof, so a claim of anybody else is out of date, unless it is
+// an additional address on its way: its taker finds the IPAddress in place and lets go.
+func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock allocator.Lock, use v1alpha1.ClaimUse, policy string) error {
+	want := allocator.Hold{Policy: policy, Use: use, State: v1alpha1.ClaimBound, Holder: holderOf(svc)}
+	have, held := r.ledger.held(lock)
+	if held && have == want {
+		return nil
+	}
+	if !held {
+		r.ledger.taking(lock, want)
+		err := r.client.Create(ctx, newClaim(lock, want))
+		if err == nil {
+			r.ledger.took(lock, want)
+			return nil
+		}
+		r.ledger.abandon(lock)
+		if !apierrors.IsAlreadyExists(err) {
+			return fmt.Errorf("claim %s: %w", lock, err)
+		}
+	}
+	var claim *v1alpha1.AllocationClaim
+	if found, err := get(ctx, r.live, types.NamespacedName{Name: lock.Name()}, &claim); err != nil {
+		return err
+	} else if !found {
+		return fmt.Errorf("claim %s: it was there a moment ago", lock)
+	}
+	have = holdOf(claim)
+	if have == want {
+		return nil // the informer lags
+	}
+	if have.State == v1alpha1.ClaimBound && have.Use == v1alpha1.ClaimUseAdditionalIP && have.Holder != want.Holder {
+		return fmt.Errorf("claim %s: %w %s/%s", lock, errHeldElsewhere, have.Holder.Namespace, have.Holder.Name)
+	}
+	var live *corev1.Service
+	if found, err := get(ctx, r.live, client.ObjectKeyFromObject(svc), &live); err != nil {
+		return err
+	} else if !found || live.UID != svc.UID || !slices.Contains(locksOf(live), lock) {
+		return nil // this reconcile works on an old Service; an event is on its way
+	}
+	updated := claim.DeepCopy()
+	setHold(updated, want, 0)
+	if err := r.client.Update(ctx, updated); err != nil {
+		return fmt.Errorf("claim %s: %w", lock, err)
+	}
+	return nil
+}
+
+// locksOf are all addresses and node ports that the API server gave the Service.
+func locksOf(svc *corev1.Service) []allocator.Lock {
+	out := nodePorts(svc)
+	for _, a := range clusterAddrs(svc) {
+		out = append(out, allocator.AddrLock(a))
+	}
+	return out
+}
+
+// takeAdditional takes one address for the Service: the claim first, the IPAddress second. Whoever holds either already keeps it, and the
+// next address is tried.
+func (r *serviceReconciler) takeAdditional(ctx context.Context, svc *corev1.Service, policy string, family v1alpha1.IPFamily) (netip.Addr, error) {
+	hold := allocator.Hold{Policy: policy, Use: v1alpha1.ClaimUseAdditionalIP, State: v1alpha1.ClaimBound, Holder: holderOf(svc)}
+	var lost []allocator.Lock
+	defer func() {
+		for _, lock := range lost { // kept pending until now, so that the same address is not proposed twice
+			r.ledger.abandon(lock)
+		}
+	}()
+	for range maxAttempts {
+		grant, err := r.ledger.grant(allocator.Request{Policy: policy, Family: family, Use: hold.Use, Holder: hold.Holder})
+		if err != nil {
+			return netip.Addr{}, err
+		}
+		err = r.take(ctx, grant, hold)
+		if apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) || apierrors.IsNotFound(err) {
+			lost = append(lost, grant.Lock)
+			continue
+		}
+		if err != nil {
+			// Whether the claim was made is unknown: perhaps only the answer was lost. If it was, the informer brings it.
+			r.ledger.abandon(grant.Lock)
+			return netip.Addr{}, fmt.Errorf("claim %s: %w", grant.Lock, err)
+		}
+		r.ledger.took(grant.Lock, hold)
+		ok, err := r.reserve(ctx, svc, grant.Lock.Addr)
+		if err != nil {
+			return netip.Addr{}, err
+		}
+		if ok {
+			return grant.Lock.Addr, nil
+		}
+		if err := r.forget(ctx, grant.Lock); err != nil {
+			return netip.Addr{}, err
+		}
+	}
+	return netip.Addr{}, fmt.Errorf("policy %s: others took %d addresses in a row first", policy, maxAttempts)
+}
+
+// take creates the claim, or takes over the one that rests for this Service.
+func (r *serviceReconciler) take(ctx context.Context, grant allocator.Grant, hold allocator.Hold) error {
+	if !grant.Reclaim {
+		return r.client.Create(ctx, newClaim(grant.Lock, hold))
+	}
+	resting := r.ledger.claim(grant.Lock)
+	if resting == nil {
+		return apierrors.NewNotFound(v1alpha1.GroupVersion.WithResource("allocationclaims").GroupResource(), grant.Lock.Name())
+	}
+	claim := resting.DeepCopy()
+	setHold(claim, hold, 0)
+	return r.client.Update(ctx, claim)
+}
+
+// reserve makes the IPAddress that keeps the API server from giving an additional address to anybody. It says false if somebody has it.
+func (r *serviceReconciler) reserve(ctx context.Context, svc *corev1.Service, addr netip.Addr) (bool, error) {
+	key := types.NamespacedName{Name: addr.String()}
+	mine := func(ip *networkingv1.IPAddress) bool {
+		holder, ours := ourReservation(ip)
+		return ours && holder == client.ObjectKeyFromObject(svc) && ip.DeletionTimestamp == nil
+	}
+	var have *networkingv1.IPAddress
+	if found, err := get(ctx, r.client, key, &have); err != nil || found && mine(have) {
+		return err == nil, err
+	}
+	err := r.client.Create(ctx, &networkingv1.IPAddress{
+		ObjectMeta: metav1.ObjectMeta{Name: key.Name, Labels: map[string]string{
+			networkingv1.LabelIPAddressFamily: string(familyOf(addr)),
+			networkingv1.LabelManagedBy:       v1alpha1.ManagedBy,
+			labelManagedBy:                    v1alpha1.ManagedBy,
+		}},
+		Spec: networkingv1.IPAddressSpec{ParentRef: &networkingv1.ParentReference{Resource: "services", Namespace: svc.Namespace, Name: svc.Name}},
+	})
+	if err == nil {
+		return true, nil
+	}
+	if !apierrors.IsAlreadyExists(err) {
+		return false, fmt.Errorf("reserve %s: %w", addr, err)
+	}
+	found, err := get(ctx, r.live, key, &have)
+	if err == nil && !found {
+		err = fmt.Errorf("reserve %s: its IPAddress came and went", addr)
+	}
+	return err == nil && mine(have), err
+}
+
+// forget deletes a claim that this process made and that was never used, so it needs no rest.
+func (r *serviceReconciler) forget(ctx context.Context, lock allocator.Lock) error {
+	var claim *v1alpha1.AllocationClaim
+	if found, err := get(ctx, r.live, types.NamespacedName{Name: lock.Name()}, &claim); err != nil || !found {
+		return err
+	}
+	if err := client.IgnoreNotFound(r.client.Delete(ctx, claim, exactly(claim))); err != nil {
+		return fmt.Errorf("delete claim %s: %w", lock, err)
+	}
+	return nil
+}
+
+// releaseSurplus releases what is held under the Service's name but is not, or no longer, its own. The cache only raises the suspicion; what is
+// released is decided by live reads of the Service and its assignment.
+func (r *serviceReconciler) releaseSurplus(ctx context.Context, key types.NamespacedName) error {
+	var cached *corev1.Service
+	if _, err := get(ctx, r.client, key, &cached); err != nil {
+		return err
+	}
+	surplus, err := r.surplus(ctx, r.client, key, cached)
+	if err != nil || len(surplus) == 0 {
+		return err
+	}
+	var live *corev1.Service
+	if _, err := get(ctx, r.live, key, &live); err != nil {
+		return err
+	}
+	if surplus, err = r.surplus(ctx, r.live, key, live); err != nil {
+		return err
+	}
+	for _, lock := range surplus {
+		if claim := r.ledger.claim(lock); claim != nil {
+			if err := release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// surplus lists the locks bound to the Service's name, or to an earlier Service of the name, that svc (nil if gone) does not own.
+func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key types.NamespacedName, svc *corev1.Service) ([]allocator.Lock, error) {
+	held := r.ledger.heldBy(key)
+	if len(held) == 0 {
+		return nil, nil
+	}
+	keep := map[allocator.Lock]bool{}
+	if svc != nil {
+		var assignment *v1alpha1.ServiceAssignment
+		if _, err := get(ctx, from, key, &assignment); err != nil {
+			return nil, err
+		}
+		policy, _, err := r.covering(ctx, svc, assignment)
+		if err != nil {
+			return nil, err
+		}
+		if policy != nil {
+			for lock := range adoptable(svc, policy) {
+				keep[lock] = true
+			}
+			for _, addr := range additionalOf(svc, policy.Name, held, assignment) {
+				keep[allocator.AddrLock(addr)] = true
+			}
+		}
+		if assignment != nil && assignment.Spec.ServiceUID == svc.UID && isOurs(assignment.Labels) {
+			// Agents still forward these; the next reconcile takes them out of the assignment first.
+			for _, ip := range assignment.Spec.ServiceIPs {
+				if a, err := netip.ParseAddr(ip.IP); err == nil && ip.Source == v1alpha1.ServiceIPSourceAdditional {
+					keep[allocator.AddrLock(a)] = true
+				}
+			}
+		}
+	}
+	var out []allocator.Lock
+	for lock, hold := range held {
+		mine := svc != nil && hold.Holder.UID == string(svc.UID)
+		if hold.State == v1alpha1.ClaimBound && !(mine && keep[lock]) {
+			out = append(out, lock)
+		}
+	}
+	slices.SortFunc(out, func(a, b allocator.Lock) int { return a.Addr.Compare(b.Addr) })
+	return out, nil
+}
+
+// release lets go of a claim whose holder is known, by a live read, not to own it any more: first the reservation, so that a Released claim
+// proves that there is none, then the claim, which rests for a while.
+func release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim, rest time.Duration) error {
+	if claim.Spec.Use == v1alpha1.ClaimUseAdditionalIP {
+		var ip *networkingv1.IPAddress
+		found, err := get(ctx, live, types.NamespacedName{Name: claim.Spec.Address}, &ip)
+		if err != nil {
+			return err
+		}
+		if holder, ours := ourReservationIf(found, ip); ours && holder.Namespace == claim.Spec.Holder.Namespace && holder.Name == claim.Spec.Holder.Name {
+			if err := client.IgnoreNotFound(c.Delete(ctx, ip, exactly(ip))); err != nil {
+				return fmt.Errorf("delete reservation %s: %w", ip.Name, err)
+			}
+		}
+	}
+	if rest <= 0 {
+		if err := client.IgnoreNotFound(c.Delete(ctx, claim, exactly(claim))); err != nil {
+			return fmt.Errorf("delete claim %s: %w", claim.Name, err)
+		}
+		return nil
+	}
+	released := claim.DeepCopy()
+	hold := holdOf(claim)
+	hold.State = v1alpha1.ClaimReleased
+	setHold(released, hold, rest)
+	if err := client.IgnoreNotFound(c.Update(ctx, released)); err != nil {
+		return fmt.Errorf("release claim %s: %w", claim.Name, err)
+	}
+	return nil
+}
+
+func ourReservationIf(found bool, ip *networkingv1.IPAddress) (types.NamespacedName, bool) {
+	if !found {
+		return types.NamespacedName{}, false
+	}
+	return ourReservation(ip)
+}
+
+func newClaim(lock allocator.Lock, hold allocator.Hold) *v1alpha1.AllocationClaim {
+	c := &v1alpha1.AllocationClaim{ObjectMeta: metav1.ObjectMeta{Name: lock.Name()}}
+	if lock.IsPort() {
+		c.Spec.NodePort = int32(lock.Port)
+	} else {
+		c.Spec.Address = lock.Addr.String()
+	}
+	setHold(c, hold, 0)
+	return c
+}
+
+// setHold makes the claim say what hold says; rest is how long a Released one rests from now.
+func setHold(c *v1alpha1.AllocationClaim, hold allocator.Hold, rest time.Duration) {
+	if c.Labels == nil {
+		c.Labels = map[string]string{}
+	}
+	for k, v := range ourLabels(hold.Policy) {
+		c.Labels[k] = v
+	}
+	c.Spec.Use, c.Spec.PolicyName, c.Spec.State = hold.Use, hold.Policy, hold.State
+	c.Spec.Holder = v1alpha1.ClaimHolder{Namespace: hold.Holder.Namespace, Name: hold.Holder.Name, UID: types.UID(hold.Holder.UID)}
+	c.Spec.ReservationToken, c.Spec.ExpiresAt = "", nil
+	if hold.State == v1alpha1.ClaimReleased {
+		// Stored with a resolution of a second: round up, or a short rest is none.
+		c.Spec.ExpiresAt = &metav1.Time{Time: time.Now().Add(rest + time.Second - 1).Truncate(time.Second)}
+	}
+}

@@ -1,0 +1,65 @@
+package controllers
+
+import (
+	"context"
+	"fmt"
+
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+)
+
+// SetupWithManager registers the reconcilers of policies, Services and claims. The manager's scheme must know v1alpha1 and client-go's types.
+func SetupWithManager(mgr ctrl.Manager, options Options) error {
+	options = options.withDefaults()
+	l := newLedger(options)
+	if err := mgr.Add(ledgerRunner{l, mgr.GetCache()}); err != nil {
+		return fmt.Errorf("register ledger: %w", err)
+	}
+	services := &serviceReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: mgr.GetEventRecorder("serviceproxy-controller"), options: options}
+	if err := services.setup(mgr); err != nil {
+		return fmt.Errorf("set up the reconciler of Services: %w", err)
+	}
+	policies := &policyReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, options: options}
+	if err := policies.setup(mgr); err != nil {
+		return fmt.Errorf("set up the reconciler of policies: %w", err)
+	}
+	claims := &claimReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, options: options}
+	if err := claims.setup(mgr); err != nil {
+		return fmt.Errorf("set up the reconciler of claims: %w", err)
+	}
+	return nil
+}
+
+// ledgerRunner runs the ledger in every replica: a new leader starts with a full one.
+type ledgerRunner struct {
+	ledger    *ledger
+	informers cache.Cache
+}
+
+func (r ledgerRunner) Start(ctx context.Context) error { return r.ledger.run(ctx, r.informers) }
+func (r ledgerRunner) NeedLeaderElection() bool        { return false }
+
+// wakeups lets the ledger add to a controller's queue, and keeps the controller from starting before the ledger knows all that is held: held beats new.
+type wakeups struct {
+	ledger *ledger
+	attach func(queue)
+}
+
+func (w wakeups) Start(_ context.Context, q queue) error {
+	if w.attach != nil {
+		w.ledger.mu.Lock()
+		defer w.ledger.mu.Unlock()
+		w.attach(q)
+	}
+	return nil
+}
+
+// WaitForSync returns when the ledger has seen everything that existed when it started.
+func (w wakeups) WaitForSync(ctx context.Context) error {
+	select {
+	case <-w.ledger.synced:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("ledger: %w", ctx.Err())
+	}
+}
