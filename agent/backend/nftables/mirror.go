@@ -1,0 +1,603 @@
+package nftables
+
+import (
+	"bytes"
+	"encoding/binary"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+)
+
+// shardLimit is from where on an endpoint map takes no further frontends: the kernel lists a map in time quadratic in its size. A
+// frontend with more endpoints has a shard for itself. One that grows stays where it is: to move it would take a moment at
+// which neither map serves every packet.
+const shardLimit = 8192
+
+// mirror is what the kernel's table of one family holds, and computes what must change for it to hold something else. Its methods
+// write that to tx and to the mirror at once; so a mirror is only good for as long as the kernel accepts what is in tx.
+type mirror struct {
+	*family
+	clusterCIDRs []netip.Prefix
+	tx           *transaction
+
+	exists    bool
+	chains    map[string][]string // name → fingerprints of its rules
+	foreign   []*nfnl.Set         // sets in our table that this version does not have
+	strays    []stray
+	doors     map[door]*doorState
+	balancers map[balancer]int // → frontends that use it
+	fronts    map[frontKey]*frontend
+	// rivals are services that want a frontend that another one has: the first by key has it.
+	rivals     map[frontKey][]forwarding.ServiceKey
+	serviceIPs memberSet
+	hairpin    memberSet
+
+	// dirtyClasses says that the node-port chains may have to change; garbage that something may be unused.
+	dirtyClasses, garbage bool
+
+	wanted    []want // scratch, as are the following
+	previous  []want
+	members   []member
+	endpoints []byte
+	key, data []byte
+}
+
+type stray struct {
+	set *nfnl.Set
+	key string
+}
+
+type doorState struct {
+	set      *nfnl.Set
+	prefixes []netip.Prefix // of a class, once a service wants it
+	fronts   int
+	shards   map[int]*shard
+	newest   int // where the next frontend probably fits
+}
+
+type shard struct {
+	set                     *nfnl.Set
+	index, elements, fronts int
+}
+
+// memberSet is a plain set whose entries several services may share.
+type memberSet struct {
+	set  *nfnl.Set
+	uses map[member]int
+	key  func(m *mirror, e member) []byte
+}
+
+// action is what a frontend's verdict is.
+type action uint8
+
+const (
+	absent  action = iota // it has none
+	unknown               // one that we did not write
+	refuse
+	drop
+	balance
+)
+
+type frontend struct {
+	owner    forwarding.ServiceKey
+	claimed  bool
+	action   action
+	balancer balancer // if action is balance
+	shard    *shard   // nil if slots is empty
+	slots    slots
+}
+
+func newMirror(f *family, clusterCIDRs []netip.Prefix) *mirror {
+	m := &mirror{
+		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{},
+		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
+	}
+	for _, p := range clusterCIDRs {
+		if f.is(p.Addr()) {
+			m.clusterCIDRs = append(m.clusterCIDRs, p.Masked())
+		}
+	}
+	sets := f.staticSets()
+	m.serviceIPs = memberSet{sets[0], map[member]int{}, (*mirror).serviceIPKey}
+	m.hairpin = memberSet{sets[1], map[member]int{}, (*mirror).hairpinKey}
+	return m
+}
+
+// door gives the state of a door, creating its map in the kernel if it is new.
+func (m *mirror) door(d door) *doorState {
+	ds := m.doors[d]
+	if ds == nil {
+		ds = &doorState{set: m.doorMap(d), shards: map[int]*shard{}}
+		m.doors[d] = ds
+		m.tx.addSet(ds.set)
+	}
+	return ds
+}
+
+// ensureChain makes a chain be there with exactly these rules.
+func (m *mirror) ensureChain(c chain) {
+	want := make([]string, len(c.rules))
+	for i, r := range c.rules {
+		want[i] = r.Fingerprint()
+	}
+	have := m.chains[c.name]
+	if slices.Equal(have, want) {
+		return
+	}
+	m.tx.setRules(m.table(), c, len(have) > 0)
+	m.chains[c.name] = want
+}
+
+// ensureStatic makes everything be there that does not depend on services, and completes what is there of balancers.
+func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
+	if !m.exists {
+		m.tx.addTable(m.table())
+		m.exists = true
+	}
+	for _, s := range m.staticSets() {
+		if sets[s.Name] == nil {
+			m.tx.addSet(s)
+		}
+	}
+	for _, d := range []door{{}, {here: true}} {
+		if m.doors[d] == nil {
+			m.doors[d] = &doorState{set: m.doorMap(d), shards: map[int]*shard{}}
+		}
+	}
+	chains := append(m.staticChains(m.clusterCIDRs), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
+	for b := range m.balancers {
+		if m.shardOf(b) != nil {
+			chains = append(chains, chain{name: b.name(), rules: b.rules(m.family)})
+		}
+	}
+	// All chains before any rule: rules jump to them.
+	for _, c := range chains {
+		if _, exists := m.chains[c.name]; !exists {
+			m.tx.addChain(m.table(), c)
+			m.chains[c.name] = nil
+		}
+	}
+	for _, c := range chains {
+		if c.name != chainNodePorts && c.name != chainNodePorts+hereSuffix { // classes are not known yet
+			m.ensureChain(c)
+		}
+	}
+	m.dirtyClasses, m.garbage = true, true
+}
+
+func (m *mirror) shardOf(b balancer) *shard {
+	if ds := m.doors[b.door]; ds != nil {
+		return ds.shards[b.shard]
+	}
+	return nil
+}
+
+// prepare makes the doors that a service needs, before any of its traffic is to pass them.
+func (m *mirror) prepare(s *forwarding.Service) {
+	if s.NodePort == 0 {
+		return
+	}
+	id := classOf(m.family, s.NodePortAddresses)
+	if id == 0 {
+		return
+	}
+	for _, here := range []bool{false, true} {
+		ds := m.door(door{id, here})
+		if ds.prefixes == nil {
+			for _, p := range s.NodePortAddresses {
+				if m.is(p.Addr()) {
+					ds.prefixes = append(ds.prefixes, p.Masked())
+				}
+			}
+			m.dirtyClasses = true
+		}
+	}
+}
+
+// claim makes a service the owner of the frontends that it wants, or a rival of who owns them.
+func (m *mirror) claim(svc *forwarding.Service) {
+	m.prepare(svc)
+	m.wanted = m.wants(m.wanted[:0], svc, len(m.clusterCIDRs) > 0)
+	for i := range m.wanted {
+		w := &m.wanted[i]
+		f := m.adopted(w.key)
+		if f.claimed && f.owner != svc.Key {
+			if svc.Key.Compare(f.owner) > 0 {
+				m.addRival(w.key, svc.Key)
+				continue
+			}
+			m.addRival(w.key, f.owner)
+			m.removeRival(w.key, svc.Key)
+		}
+		f.owner, f.claimed = svc.Key, true
+	}
+}
+
+// fill makes the frontends that a service owns forward as it wants. prev is the service before, or nil.
+func (m *mirror) fill(prev, svc *forwarding.Service) {
+	m.wanted = m.wants(m.wanted[:0], svc, len(m.clusterCIDRs) > 0)
+	for i := range m.wanted {
+		w := &m.wanted[i]
+		if f := m.fronts[w.key]; f.owner == svc.Key {
+			m.place(f, w)
+		}
+	}
+	if prev != nil && slices.Equal(prev.ServiceIPs, svc.ServiceIPs) && sameHairpins(prev, svc) {
+		return
+	}
+	m.eachMember(svc, m.acquire)
+	if prev != nil {
+		m.eachMember(prev, m.release)
+	}
+}
+
+// sameHairpins says cheaply that two versions of a service have the same endpoints here; false may be wrong.
+func sameHairpins(a, b *forwarding.Service) bool {
+	local := func(s *forwarding.Service) bool {
+		for _, t := range [...]*forwarding.Target{&s.Internal, &s.External, &s.ExternalFromHere} {
+			for i := range t.Endpoints {
+				if t.Endpoints[i].Local {
+					return true
+				}
+			}
+		}
+		return false
+	}
+	return !local(a) && !local(b)
+}
+
+// eachMember calls f for every entry of a plain set that a service needs.
+func (m *mirror) eachMember(s *forwarding.Service, f func(*memberSet, member)) {
+	m.members = m.family.serviceIPs(m.members[:0], s)
+	for _, e := range m.members {
+		f(&m.serviceIPs, e)
+	}
+	m.members = m.hairpins(m.members[:0], s)
+	for _, e := range m.members {
+		f(&m.hairpin, e)
+	}
+}
+
+func (m *mirror) acquire(s *memberSet, e member) {
+	n, exists := s.uses[e]
+	if !exists {
+		m.tx.addElement(s.set, s.key(m, e), nil)
+	}
+	s.uses[e] = n + 1
+}
+
+func (m *mirror) release(s *memberSet, e member) {
+	if s.uses[e]--; s.uses[e] == 0 {
+		m.tx.deleteElement(s.set, s.key(m, e))
+		delete(s.uses, e)
+	}
+}
+
+// forget takes away what prev had and svc (nil if the service is gone) has not. Another service that wants it gets it.
+func (m *mirror) forget(prev, svc *forwarding.Service, next forwarding.State) {
+	m.previous = m.wants(m.previous[:0], prev, len(m.clusterCIDRs) > 0)
+	m.wanted = m.wanted[:0]
+	if svc != nil {
+		m.wanted = m.wants(m.wanted, svc, len(m.clusterCIDRs) > 0)
+	} else {
+		m.eachMember(prev, m.release)
+	}
+	for i := range m.previous {
+		key := m.previous[i].key
+		if slices.ContainsFunc(m.wanted, func(w want) bool { return w.key == key }) {
+			continue
+		}
+		f := m.fronts[key]
+		if f == nil || !f.claimed || f.owner != prev.Key {
+			m.removeRival(key, prev.Key)
+			continue
+		}
+		if !m.inherit(f, key, next) {
+			m.remove(key, f)
+		}
+	}
+}
+
+// inherit gives a frontend that its owner let go of to the first of its rivals.
+func (m *mirror) inherit(f *frontend, key frontKey, next forwarding.State) bool {
+	for len(m.rivals[key]) > 0 {
+		heir := m.rivals[key][0]
+		m.removeRival(key, heir)
+		svc := next.Get(heir)
+		if svc == nil {
+			continue
+		}
+		wants := m.wants(nil, svc, len(m.clusterCIDRs) > 0)
+		if i := slices.IndexFunc(wants, func(w want) bool { return w.key == key }); i >= 0 {
+			f.owner = heir
+			m.place(f, &wants[i])
+			return true
+		}
+	}
+	return false
+}
+
+func (m *mirror) addRival(key frontKey, k forwarding.ServiceKey) {
+	list := m.rivals[key]
+	if i, found := slices.BinarySearchFunc(list, k, forwarding.ServiceKey.Compare); !found {
+		m.rivals[key] = slices.Insert(list, i, k)
+	}
+}
+
+func (m *mirror) removeRival(key frontKey, k forwarding.ServiceKey) {
+	list := m.rivals[key]
+	i, found := slices.BinarySearchFunc(list, k, forwarding.ServiceKey.Compare)
+	if !found {
+		return
+	}
+	if list = slices.Delete(list, i, i+1); len(list) == 0 {
+		delete(m.rivals, key)
+		return
+	}
+	m.rivals[key] = list
+}
+
+// place makes a frontend be as w wants it.
+func (m *mirror) place(f *frontend, w *want) {
+	m.endpoints = m.family.endpoints(m.endpoints[:0], w.target)
+	n := len(m.endpoints) / m.slotLen()
+	if n == 0 {
+		a := refuse
+		if w.target.Action == forwarding.Drop {
+			a = drop
+		}
+		m.setVerdict(w.key, f, a, balancer{})
+		m.setSlots(w.key, f, nil)
+		m.leaveShard(f)
+		return
+	}
+	size := slotsFor(n, m.slotCount(f.slots))
+	if f.shard == nil {
+		m.enterShard(f, w.key.door, n)
+	}
+	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size))
+	m.setVerdict(w.key, f, balance, balancer{w.key.door, f.shard.index, w.hash, size, w.masq})
+}
+
+// remove takes a frontend away.
+func (m *mirror) remove(key frontKey, f *frontend) {
+	ds := m.doors[key.door]
+	if f.action != absent {
+		m.tx.deleteElement(ds.set, m.doorKey(key))
+	}
+	m.unref(f)
+	m.setSlots(key, f, nil)
+	m.leaveShard(f)
+	delete(m.fronts, key)
+	ds.fronts--
+	m.garbage = true
+}
+
+// setSlots changes the endpoints of a frontend element by element.
+func (m *mirror) setSlots(key frontKey, f *frontend, next slots) {
+	old := f.slots
+	same := func(i int) bool {
+		return i < m.slotCount(old) && i < m.slotCount(next) && bytes.Equal(m.slot(old, i), m.slot(next, i))
+	}
+	for i := range m.slotCount(old) {
+		if !empty(m.slot(old, i)) && !same(i) {
+			m.tx.deleteElement(f.shard.set, m.slotKey(key, i))
+			f.shard.elements--
+		}
+	}
+	for i := range m.slotCount(next) {
+		if !empty(m.slot(next, i)) && !same(i) {
+			m.tx.addElement(f.shard.set, m.slotKey(key, i), m.slotData(m.slot(next, i)))
+			f.shard.elements++
+		}
+	}
+	f.slots = next
+}
+
+// setVerdict gives a frontend its verdict and makes the chain that it leads to.
+func (m *mirror) setVerdict(key frontKey, f *frontend, a action, b balancer) {
+	if f.action == a && f.balancer == b {
+		return
+	}
+	v := nfnl.Verdict{Code: nfnl.Goto, Chain: chainRefuse}
+	switch a {
+	case drop:
+		v = nfnl.Verdict{Code: nfnl.Drop}
+	case balance:
+		v.Chain = b.name()
+		if m.balancers[b] == 0 {
+			c := chain{name: v.Chain, rules: b.rules(m.family)}
+			if _, exists := m.chains[c.name]; !exists {
+				m.tx.addChain(m.table(), c)
+				m.chains[c.name] = nil
+			}
+			m.ensureChain(c)
+		}
+		m.balancers[b]++
+	}
+	m.tx.setVerdict(m.doors[key.door].set, m.doorKey(key), v, f.action != absent)
+	m.unref(f)
+	f.action, f.balancer = a, b
+}
+
+// unref lets go of the balancer that a frontend used.
+func (m *mirror) unref(f *frontend) {
+	if f.action == balance {
+		m.balancers[f.balancer]--
+		m.garbage = m.garbage || m.balancers[f.balancer] == 0
+	}
+}
+
+func (m *mirror) enterShard(f *frontend, d door, n int) {
+	ds := m.doors[d]
+	fits := func(s *shard) bool { return s != nil && (s.elements+n <= shardLimit || s.elements == 0) }
+	if !fits(ds.shards[ds.newest]) {
+		ds.newest = -1
+		for _, i := range slices.Sorted(maps.Keys(ds.shards)) {
+			if fits(ds.shards[i]) {
+				ds.newest = i
+				break
+			}
+		}
+	}
+	if ds.newest < 0 || ds.shards[ds.newest] == nil {
+		ds.newest = 0
+		for ds.shards[ds.newest] != nil {
+			ds.newest++
+		}
+		s := &shard{set: m.endpointMap(d, ds.newest), index: ds.newest}
+		ds.shards[s.index] = s
+		m.tx.addSet(s.set)
+	}
+	f.shard = ds.shards[ds.newest]
+	f.shard.fronts++
+}
+
+func (m *mirror) leaveShard(f *frontend) {
+	if f.shard != nil {
+		f.shard.fronts--
+		m.garbage = m.garbage || f.shard.fronts == 0
+		f.shard = nil
+	}
+}
+
+// unclaimed gives the frontends that no service wants.
+func (m *mirror) unclaimed() []frontKey {
+	var keys []frontKey
+	for key, f := range m.fronts {
+		if !f.claimed {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+// sweep takes away what was read back and fits nowhere.
+func (m *mirror) sweep() {
+	for _, s := range m.strays {
+		m.tx.deleteElement(s.set, []byte(s.key))
+	}
+	m.strays = nil
+	for _, s := range []*memberSet{&m.serviceIPs, &m.hairpin} {
+		for e, uses := range s.uses {
+			if uses == 0 {
+				m.tx.deleteElement(s.set, s.key(m, e))
+				delete(s.uses, e)
+			}
+		}
+	}
+}
+
+// finish completes a transaction: node-port chains match the classes that are wanted by now.
+func (m *mirror) finish() {
+	if !m.dirtyClasses {
+		return
+	}
+	m.dirtyClasses = false
+	var classes []class
+	for d, ds := range m.doors {
+		if d.class != 0 && !d.here && len(ds.prefixes) > 0 {
+			classes = append(classes, class{d.class, ds.prefixes})
+		}
+	}
+	for _, c := range m.nodePortChains(classes) {
+		m.ensureChain(c)
+	}
+}
+
+// collect deletes chains and maps that nothing uses any more.
+func (m *mirror) collect() {
+	if !m.garbage {
+		return
+	}
+	m.garbage = false
+	for b, uses := range m.balancers {
+		if uses == 0 {
+			delete(m.balancers, b)
+		}
+	}
+	for d, ds := range m.doors {
+		for i, s := range ds.shards {
+			if s.fronts == 0 {
+				m.foreign = append(m.foreign, s.set)
+				delete(ds.shards, i)
+			}
+		}
+		if twin := m.doors[door{d.class, !d.here}]; d.class != 0 && ds.fronts == 0 && (twin == nil || twin.fronts == 0) {
+			ds.prefixes = nil
+			m.dirtyClasses = true
+		}
+	}
+	for d, ds := range m.doors {
+		if d.class != 0 && ds.prefixes == nil {
+			m.foreign = append(m.foreign, ds.set)
+			delete(m.doors, d)
+		}
+	}
+	m.finish()
+	m.collectChains()
+	for _, s := range m.foreign {
+		m.tx.deleteSet(s)
+	}
+	m.foreign = nil
+}
+
+func (m *mirror) collectChains() {
+	used := map[string]bool{chainNodePorts: true, chainNodePorts + hereSuffix: true}
+	for _, c := range m.staticChains(m.clusterCIDRs) {
+		used[c.name] = true
+	}
+	for b := range m.balancers {
+		used[b.name()] = true
+	}
+	var unused []string
+	for name := range m.chains {
+		if !used[name] {
+			unused = append(unused, name)
+			delete(m.chains, name)
+		}
+	}
+	slices.Sort(unused)
+	m.tx.deleteChains(m.table(), unused)
+}
+
+// doorKey gives the key of a frontend in its door's map, valid until the next call of a key method.
+func (m *mirror) doorKey(k frontKey) []byte {
+	m.key = m.key[:0]
+	if k.door.class == 0 {
+		m.key = append(m.key, k.addr[:m.addrLen]...)
+	}
+	m.key = appendPort(m.key, k.proto, k.port)
+	return m.key
+}
+
+func (m *mirror) slotKey(k frontKey, slot int) []byte {
+	// The kernel computes the slot in a register, so it is in the machine's byte order.
+	m.key = binary.NativeEndian.AppendUint32(m.doorKey(k), uint32(slot))
+	return m.key
+}
+
+func (m *mirror) slotData(slot []byte) []byte {
+	m.data = append(append(m.data[:0], slot...), 0, 0)
+	return m.data
+}
+
+func (m *mirror) serviceIPKey(e member) []byte {
+	m.key = append(m.key[:0], e.addr[:m.addrLen]...)
+	return m.key
+}
+
+func (m *mirror) hairpinKey(e member) []byte {
+	m.key = append(m.key[:0], e.addr[:m.addrLen]...)
+	m.key = append(m.key, e.addr[:m.addrLen]...)
+	m.key = appendPort(m.key, e.proto, e.port)
+	return m.key
+}
+
+func appendPort(key []byte, proto forwarding.Protocol, port uint16) []byte {
+	key = append(key, byte(proto), 0, 0, 0)
+	return append(key, byte(port>>8), byte(port), 0, 0)
+}
