@@ -43,7 +43,7 @@ generate: ## Generate Go code from the API types.
 
 manifests: ## Generate the CRDs and the controller's role.
 	go tool controller-gen crd paths=./api/... output:crd:dir=config/crd/bases
-	go tool controller-gen rbac:roleName=serviceproxy-controller paths=./controllers/... output:rbac:dir=config/rbac
+	go tool controller-gen rbac:roleName=serviceproxy-controller "paths={./controllers/...,./cmd/controller/...}" output:rbac:dir=config/rbac
 
 docker-build: ## Build the images IMAGE-controller and IMAGE-agent at VERSION.
 	docker build --build-arg VERSION=$(VERSION) --target controller -t $(IMAGE)-controller:$(VERSION) .

@@ -1,0 +1,169 @@
+// Package config_test holds the manifests to what they claim: a cluster takes them, and each program may do what it must and no more.
+package config_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/util/wait"
+	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+)
+
+func TestDefaultInstall(t *testing.T) {
+	assets := os.Getenv("KUBEBUILDER_ASSETS")
+	if assets == "" {
+		t.Fatal("KUBEBUILDER_ASSETS is not set: run `make test-envtest`, or `export KUBEBUILDER_ASSETS=$(hack/tools/kubernetes/build.sh)`")
+	}
+	environment := &envtest.Environment{}
+	config, err := environment.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := environment.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	c, err := client.New(config, client.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	for _, object := range kustomize(t, filepath.Join(assets, "kubectl"), "default") {
+		if err := install(t.Context(), c, object); err != nil {
+			t.Errorf("apply %s %s: %v", object.GetKind(), object.GetName(), err)
+		}
+	}
+	for _, object := range kustomize(t, filepath.Join(assets, "kubectl"), "samples") {
+		if err := install(t.Context(), c, object); err != nil {
+			t.Errorf("apply sample %s: %v", object.GetName(), err)
+		}
+	}
+
+	const ours = "networking.serviceproxy.io"
+	for _, test := range []struct {
+		account, verb, group, resource, subresource, namespace string
+		allowed                                                bool
+	}{
+		{"agent", "watch", ours, "serviceassignments", "", "", true},
+		{"agent", "watch", "discovery.k8s.io", "endpointslices", "", "", true},
+		{"agent", "watch", "", "nodes", "", "", true},
+		{"agent", "watch", ours, "nodeproxystates", "", "", true},
+		{"agent", "patch", ours, "nodeproxystates", "status", "", true},
+		{"agent", "patch", ours, "nodeproxystates", "", "", false},
+		{"agent", "create", ours, "nodeproxystates", "", "", false},
+		{"agent", "patch", ours, "serviceassignments", "status", "", false},
+		{"agent", "update", ours, "serviceassignments", "", "", false},
+		{"agent", "update", "", "services", "", "", false},
+		{"agent", "patch", "", "nodes", "", "", false},
+		{"agent", "list", "", "secrets", "", "", false},
+		{"controller", "watch", "", "services", "", "", true},
+		{"controller", "create", ours, "allocationclaims", "", "", true},
+		{"controller", "create", ours, "serviceassignments", "", "default", true},
+		{"controller", "create", "networking.k8s.io", "servicecidrs", "", "", true},
+		{"controller", "create", "coordination.k8s.io", "leases", "", "serviceproxy-system", true},
+		{"controller", "create", "coordination.k8s.io", "leases", "", "default", false},
+		{"controller", "patch", ours, "nodeproxystates", "status", "", false},
+		{"controller", "delete", "", "services", "", "", false},
+		{"controller", "delete", ours, "serviceproxypolicies", "", "", false},
+		{"controller", "list", "", "secrets", "", "", false},
+	} {
+		review := func(ctx context.Context) (bool, error) {
+			r := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
+				User:   "system:serviceaccount:serviceproxy-system:serviceproxy-" + test.account,
+				Groups: []string{"system:serviceaccounts", "system:authenticated"},
+				ResourceAttributes: &authorizationv1.ResourceAttributes{
+					Verb: test.verb, Group: test.group, Resource: test.resource, Subresource: test.subresource, Namespace: test.namespace,
+				},
+			}}
+			err := c.Create(ctx, r)
+			return err == nil && r.Status.Allowed == test.allowed, err
+		}
+		// The authorizer reads the roles from a cache.
+		if err := wait.PollUntilContextTimeout(t.Context(), 10*time.Millisecond, 10*time.Second, true, review); err != nil {
+			t.Errorf("may the %s %s %s/%s %s in %q? want %v: %v", test.account, test.verb, test.group, test.resource, test.subresource, test.namespace, test.allowed, err)
+		}
+	}
+}
+
+// install applies the object as kubectl would, and waits for the API server to know the kinds that the objects before it defined.
+func install(ctx context.Context, c client.Client, object *unstructured.Unstructured) error {
+	var last error
+	err := wait.PollUntilContextTimeout(ctx, 100*time.Millisecond, 10*time.Second, true, func(ctx context.Context) (bool, error) {
+		last = c.Apply(ctx, client.ApplyConfigurationFromUnstructured(object), client.FieldOwner("install"))
+		return last == nil || !strings.Contains(last.Error(), "no matches for kind"), nil
+	})
+	return errors.Join(err, last)
+}
+
+// kustomize builds a folder and checks that what it gives is labelled and, where it must be, in our namespace.
+func kustomize(t *testing.T, kubectl, folder string) []*unstructured.Unstructured {
+	t.Helper()
+	command := exec.CommandContext(t.Context(), kubectl, "kustomize", folder)
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	out, err := command.Output()
+	if err != nil {
+		t.Fatalf("kubectl kustomize %s: %v: %s", folder, err, stderr.String())
+	}
+	if stderr.Len() > 0 {
+		t.Errorf("kubectl kustomize %s warns: %s", folder, stderr.String())
+	}
+	var objects []*unstructured.Unstructured
+	documents := utilyaml.NewYAMLOrJSONDecoder(bytes.NewReader(out), 4096)
+	for {
+		object := &unstructured.Unstructured{}
+		if err := documents.Decode(&object.Object); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if namespace := object.GetNamespace(); namespace != "" && namespace != "serviceproxy-system" {
+			t.Errorf("%s %s is in namespace %s", object.GetKind(), object.GetName(), namespace)
+		}
+		objects = append(objects, object)
+	}
+	if len(objects) == 0 {
+		t.Fatalf("kubectl kustomize %s gives nothing", folder)
+	}
+	return objects
+}
+
+// TestPodSecurity: the agent is the only one with a capability, and has just one.
+func TestPodSecurity(t *testing.T) {
+	for file, want := range map[string]string{"manager/deployment.yaml": "", "agent/daemonset.yaml": "NET_ADMIN"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		object := &unstructured.Unstructured{}
+		if err := utilyaml.Unmarshal(text, &object.Object); err != nil {
+			t.Fatal(err)
+		}
+		containers, _, err := unstructured.NestedSlice(object.Object, "spec", "template", "spec", "containers")
+		if err != nil || len(containers) != 1 {
+			t.Fatalf("%s: %d containers: %v", file, len(containers), err)
+		}
+		container := containers[0].(map[string]any)
+		drop, _, _ := unstructured.NestedStringSlice(container, "securityContext", "capabilities", "drop")
+		add, _, _ := unstructured.NestedStringSlice(container, "securityContext", "capabilities", "add")
+		if strings.Join(drop, " ") != "ALL" || strings.Join(add, " ") != want {
+			t.Errorf("%s: drops %v and adds %v, want ALL and %q", file, drop, add, want)
+		}
+		if privileged, _, _ := unstructured.NestedBool(container, "securityContext", "privileged"); privileged {
+			t.Errorf("%s is privileged", file)
+		}
+	}
+}
