@@ -13,13 +13,13 @@ func parseRevision(s string) revision {
 	return revision(s)
 }
 
-// reached reports whether r is target or newer. Every revision, the empty one too, has reached the empty target.
+// reached reports whether r is target or newer. It is the order of resourceversion.CompareResourceVersion, which would check each
+// time again what parseRevision has checked: a longer number is a greater one.
 func (r revision) reached(target revision) bool {
-	if r == "" || target == "" {
-		return target == ""
+	if len(r) != len(target) {
+		return len(r) > len(target)
 	}
-	order, err := resourceversion.CompareResourceVersion(string(r), string(target))
-	return err == nil && order >= 0
+	return r >= target
 }
 
 func older(a, b revision) revision {

@@ -27,6 +27,9 @@ const (
 	// then after twice the time each, up to lastRefresh. A new reason waits for settle only.
 	firstRefresh = 10 * time.Second
 	lastRefresh  = 5 * time.Minute
+	// falsesPerEvaluation bounds how many False are decided at a time, so that a flood of new assignments neither holds up the
+	// tracker nor floods the agents with statuses that are about to change.
+	falsesPerEvaluation = 50
 )
 
 // tracker holds what is known of nodes, assignments and slices, and decides what the assignments' status should say.
@@ -67,9 +70,9 @@ type groupKey struct {
 // group is the assignments that share a groupKey.
 type group struct {
 	selector labels.Selector
-	members  int // assignments, pending or not
-	pending  map[*assignment]struct{}
-	nodes    []*node // selected, by name; as of epoch
+	members  int           // assignments, pending or not
+	pending  []*assignment // each knows its place; no map, because one that was large once stays slow to walk
+	nodes    []*node       // selected, by name; as of epoch
 	epoch    int
 }
 
@@ -80,12 +83,13 @@ type assignment struct {
 	generation int64
 	ports      []v1alpha1.AssignmentPort
 	groupKey   groupKey
+	place      int // in its group's pending; -1: latched
 
-	revision revision  // at which this generation was first seen: the target for assignments
-	served   readiness // the target for slices: when its ports were first served
-	lacking  string    // the port that is not served now
+	revision revision  // at which this generation was first seen
+	served   readiness // when its ports were first served
+	target   target    // what follows from these and the Service's slices
 
-	since     time.Time // when this generation was first seen; zero if it is older than this process
+	since     time.Time // when this generation was first seen; zero if that is not known, or measured already
 	lookAfter time.Time // when a False may be written next for the same reason
 	reasonAt  time.Time // and for another
 	refresh   time.Duration
@@ -260,7 +264,7 @@ func serviceOf(s *discoveryv1.EndpointSlice) (types.NamespacedName, bool) {
 }
 
 func (t *tracker) endpointsChanged(key types.NamespacedName) {
-	if a := t.assignments[key]; a != nil && t.isPending(a) {
+	if a := t.assignments[key]; a != nil && a.isPending() {
 		a.serve(t.services[key])
 	}
 }
@@ -269,16 +273,12 @@ func (t *tracker) endpointsChanged(key types.NamespacedName) {
 // else moves it to the present revision: a node that holds the older one would send traffic to nobody.
 func (a *assignment) serve(s service) {
 	now := s.observe(a.ports)
-	a.lacking = now.lacking
 	if !a.served.stillServes(now) {
 		a.served = now
 	}
-}
-
-// target is what a node must hold now. A slice may have been deleted since the target was chosen, and an agent that
-// started later never sees its revision; therefore no more is asked than the newest slice that there is.
-func (a *assignment) target(s service) target {
-	return target{marks: marks{a.revision, older(a.served.revision, s.newest())}, lacking: a.lacking}
+	// Because a slice may have been deleted since then, and an agent that started later never sees its revision, no more
+	// is asked than the newest slice that there is.
+	a.target = target{marks: marks{a.revision, older(a.served.revision, now.revision)}, lacking: now.lacking}
 }
 
 // setAssignment takes over an assignment at time now; fresh says that its last change happened then, and not some time before
@@ -297,7 +297,7 @@ func (t *tracker) setAssignment(o *v1alpha1.ServiceAssignment, now time.Time, fr
 		return a.want != (verdict{}) && !a.isStored()
 	}
 	t.drop(key)
-	a := &assignment{key: key, uid: o.UID, generation: o.Generation, ports: o.Spec.Ports, revision: held.revision, stored: held}
+	a := &assignment{key: key, uid: o.UID, generation: o.Generation, ports: o.Spec.Ports, place: -1, revision: held.revision, stored: held}
 	if fresh {
 		a.since = now
 	}
@@ -306,7 +306,7 @@ func (t *tracker) setAssignment(o *v1alpha1.ServiceAssignment, now time.Time, fr
 	t.assignments[key] = a
 	g := t.groups[a.groupKey]
 	if g == nil {
-		g = &group{selector: selector, pending: map[*assignment]struct{}{}, epoch: -1}
+		g = &group{selector: selector, epoch: -1}
 		t.groups[a.groupKey] = g
 	}
 	g.members++
@@ -317,7 +317,8 @@ func (t *tracker) setAssignment(o *v1alpha1.ServiceAssignment, now time.Time, fr
 	a.reasonAt = now.Add(settle)
 	a.lookAfter = a.reasonAt
 	a.refresh = firstRefresh
-	g.pending[a] = struct{}{}
+	a.place = len(g.pending)
+	g.pending = append(g.pending, a)
 	t.pending++
 	a.serve(t.services[key])
 	return false
@@ -342,17 +343,21 @@ func (t *tracker) drop(key types.NamespacedName) {
 	}
 }
 
-func (t *tracker) isPending(a *assignment) bool {
-	_, ok := t.groups[a.groupKey].pending[a]
-	return ok
-}
+func (a *assignment) isPending() bool { return a.place >= 0 }
 
 // settled takes an assignment out of those that are looked at.
 func (t *tracker) settled(a *assignment) {
-	if t.isPending(a) {
-		delete(t.groups[a.groupKey].pending, a)
-		t.pending--
+	if !a.isPending() {
+		return
 	}
+	g := t.groups[a.groupKey]
+	last := len(g.pending) - 1
+	g.pending[a.place] = g.pending[last]
+	g.pending[a.place].place = a.place
+	g.pending[last] = nil
+	g.pending = g.pending[:last]
+	a.place = -1
+	t.pending--
 }
 
 // groupOf returns an assignment's group. A selector that cannot be parsed selects no node, and its name tells so.
@@ -391,25 +396,27 @@ func (t *tracker) waiting() (pending, latched int) {
 
 // evaluate decides about every pending assignment at time now. It returns those whose status must be written, sorted, and when
 // to call again even if nothing happens (zero: never). It costs O(nodes) per group that has pending assignments plus O(1) for
-// each of these; O(nodes) more for each False that is due. Latched assignments cost nothing.
+// each of these; O(nodes) more for each False that it decides. Latched assignments cost nothing.
 func (t *tracker) evaluate(now time.Time) (due []types.NamespacedName, next time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	falses := 0
 	for key, g := range t.groups {
 		if len(g.pending) == 0 {
 			continue
 		}
 		t.selectNodes(g)
 		covered := survey(g.nodes, key.mode)
-		for a := range g.pending {
-			goal := a.target(t.services[a.key])
-			reason := covered.reason(goal)
-			if at := a.dueAt(reason); reason != ReasonProgrammed && now.Before(at) {
-				next = earlier(next, at)
-				continue
+		for _, a := range slices.Backward(g.pending) { // because those that are latched leave it meanwhile
+			if reason := covered.reason(a.target); reason != ReasonProgrammed {
+				if at := a.dueAt(reason); now.Before(at) || falses == falsesPerEvaluation {
+					next = earlier(next, at)
+					continue
+				}
+				falses++
 			}
-			t.decide(a, evaluate(selection{key.selector, key.mode, g.nodes}, goal), now)
-			if reason != ReasonProgrammed {
+			t.decide(a, evaluate(selection{key.selector, key.mode, g.nodes}, covered, a.target), now)
+			if a.isPending() {
 				next = earlier(next, a.lookAfter)
 			}
 			if !a.isStored() {
@@ -490,4 +497,7 @@ func (t *tracker) wrote(w statusWrite, r revision) {
 		return
 	}
 	a.stored = stored{revision: r, generation: w.generation, verdict: w.verdict, transition: w.transition}
+	if w.verdict.reason == ReasonProgrammed && w.generation == a.generation {
+		a.since = time.Time{} // measured; a status that must be restored later is no new measurement
+	}
 }

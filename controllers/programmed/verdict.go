@@ -56,18 +56,12 @@ func (n *node) mode(mode v1alpha1.ProxyMode) (why string, ok bool) {
 	return "its agent does not know this mode", false
 }
 
-// programmed reports whether the node's kernel forwards what target describes.
-func (n *node) programmed(mode v1alpha1.ProxyMode, t target) bool {
-	_, able := n.mode(mode)
-	return able && n.reports && n.holds.reached(t.marks)
-}
-
 // coverage sums up the nodes that count for assignments with one node selector and one proxy mode, so that each
 // of them is judged without looking at the nodes again.
 type coverage struct {
-	desired int   // nodes that count: selected and ready
-	unable  int   // of these: cannot do the mode
-	silent  int   // of these: their agent does not report
+	desired int32 // nodes that count: selected and ready
+	unable  int32 // of these: cannot do the mode
+	silent  int32 // of these: their agent does not report
 	lowest  marks // what all of them hold; meaningless if desired is 0
 }
 
@@ -129,26 +123,27 @@ type selection struct {
 	nodes    []*node // selected, in the order in which messages name them
 }
 
-// evaluate gives the verdict on one target in full, with the counts and the names of the nodes that are waited for. It
-// agrees with survey(s.nodes, s.mode).reason(t) and costs O(nodes).
-func evaluate(s selection, t target) verdict {
-	v := verdict{reason: survey(s.nodes, s.mode).reason(t)}
+// evaluate gives the verdict on one target in full, with the counts and the names of the nodes that are waited for; c is the
+// survey of s. It costs O(nodes) unless the verdict is Programmed.
+func evaluate(s selection, c coverage, t target) verdict {
+	v := verdict{reason: c.reason(t), desired: c.desired, programmed: c.desired}
 	var unable, waiting nameList
-	for _, n := range s.nodes {
-		if !n.ready {
-			continue
-		}
-		v.desired++
-		why, able := n.mode(s.mode)
-		switch {
-		case n.programmed(s.mode, t):
-			v.programmed++
-		case !able:
-			unable.add(n.name, cannot(n, why))
-		case !n.reports:
-			waiting.add(n.name, "its agent does not report")
-		default:
-			waiting.add(n.name, "behind")
+	if v.reason != ReasonProgrammed {
+		v.programmed = 0
+		for _, n := range s.nodes {
+			if !n.ready {
+				continue
+			}
+			switch why, able := n.mode(s.mode); {
+			case !able:
+				unable.add(n.name, func() string { return cannot(n, why) })
+			case !n.reports:
+				waiting.add(n.name, func() string { return "its agent does not report" })
+			case n.holds.reached(t.marks):
+				v.programmed++
+			default:
+				waiting.add(n.name, func() string { return "behind" })
+			}
 		}
 	}
 	switch v.reason {
@@ -190,12 +185,12 @@ type nameList struct {
 	more  int
 }
 
-func (l *nameList) add(name, why string) {
+func (l *nameList) add(name string, why func() string) {
 	if len(l.named) == namedNodes {
 		l.more++
 		return
 	}
-	l.named = append(l.named, fmt.Sprintf("%s (%s)", name, why))
+	l.named = append(l.named, fmt.Sprintf("%s (%s)", name, why()))
 }
 
 func (l nameList) String() string {
