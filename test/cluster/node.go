@@ -10,7 +10,6 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 
-	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/controlplane"
 	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/kubelet"
 	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/process"
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
@@ -53,7 +52,7 @@ func (n *Node) PowerOff() error {
 func (n *Node) prepare(client kubernetes.Interface, factory informers.SharedInformerFactory) (err error) {
 	c := n.cluster
 	n.Kubeconfig = filepath.Join(c.Dir, n.Name+".kubeconfig")
-	if err := c.plane.WriteKubeconfig(n.Kubeconfig, agentUser(n.Name), relayPort); err != nil {
+	if err := c.plane.WriteKubeconfig(n.Kubeconfig, serviceAccount("serviceproxy-agent"), relayPort); err != nil {
 		return err
 	}
 	args := append([]string{
@@ -84,6 +83,3 @@ func (n *Node) powerOn(ctx context.Context) {
 		n.kubelet.Run(ctx)
 	})
 }
-
-// agentUser is whom the agent of a node is to the API server.
-func agentUser(string) controlplane.User { return controlplane.Admin }

@@ -4,23 +4,27 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/controlplane"
@@ -44,7 +48,7 @@ func (c *Cluster) steps() []step {
 		{"tools are there", c.prepare},
 		{fmt.Sprintf("network: a switch, %d nodes, a host outside", c.options.Nodes), c.wire},
 		{"control plane: etcd, kube-apiserver, kube-controller-manager", c.startControlPlane},
-		{"custom resources: policies, assignments, claims, node states", c.installCRDs},
+		{"custom resources, roles", c.install},
 		{"nodes are Ready", c.startNodes},
 	}
 	if c.options.Proxy {
@@ -187,7 +191,7 @@ func (c *Cluster) startControlPlane(ctx context.Context) (err error) {
 
 func (c *Cluster) prepareController() error {
 	kubeconfig := filepath.Join(c.Dir, "controller.kubeconfig")
-	if err := c.plane.WriteKubeconfig(kubeconfig, controlplane.Admin, c.plane.Port()); err != nil {
+	if err := c.plane.WriteKubeconfig(kubeconfig, serviceAccount("serviceproxy-controller"), c.plane.Port()); err != nil {
 		return err
 	}
 	args := append([]string{
@@ -202,19 +206,70 @@ func (c *Cluster) prepareController() error {
 	return nil
 }
 
-func (c *Cluster) installCRDs(context.Context) error {
+// install creates what kubectl apply -k config/default would, except the controller and the agents themselves: custom resource definitions,
+// our namespace, roles. It waits until the API server serves the custom resources.
+func (c *Cluster) install(ctx context.Context) error {
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme)); err != nil {
-		return err
-	}
-	_, err := envtest.InstallCRDs(c.config, envtest.CRDInstallOptions{
-		Scheme: scheme, Paths: []string{filepath.Join(c.root, "config/crd/bases")}, ErrorIfPathMissing: true,
-	})
+	err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme), apiextensionsv1.AddToScheme(scheme))
 	if err != nil {
 		return err
 	}
-	c.client, err = client.New(c.config, client.Options{Scheme: scheme})
-	return err
+	if c.client, err = client.New(c.config, client.Options{Scheme: scheme}); err != nil {
+		return err
+	}
+	for _, pattern := range []string{"config/crd/bases/*.yaml", "config/manager/namespace.yaml", "config/rbac/*.yaml"} {
+		files, err := filepath.Glob(filepath.Join(c.root, pattern))
+		if err != nil || len(files) == 0 {
+			return errors.Join(fmt.Errorf("no file matches %s", pattern), err)
+		}
+		for _, file := range files {
+			if filepath.Base(file) == "kustomization.yaml" {
+				continue
+			}
+			if err := c.createAll(ctx, file); err != nil {
+				return fmt.Errorf("%s: %w", file, err)
+			}
+		}
+	}
+	return poll(ctx, c.crdsEstablished)
+}
+
+// createAll creates every object of a YAML file.
+func (c *Cluster) createAll(ctx context.Context, file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	decoder := yaml.NewYAMLOrJSONDecoder(f, 4096)
+	for {
+		var o unstructured.Unstructured
+		err := decoder.Decode(&o)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err == nil && len(o.Object) > 0 {
+			err = c.client.Create(ctx, &o)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (c *Cluster) crdsEstablished(ctx context.Context) error {
+	var crds apiextensionsv1.CustomResourceDefinitionList
+	if err := c.client.List(ctx, &crds); err != nil {
+		return err
+	}
+	for _, crd := range crds.Items {
+		if !slices.ContainsFunc(crd.Status.Conditions, func(cond apiextensionsv1.CustomResourceDefinitionCondition) bool {
+			return cond.Type == apiextensionsv1.Established && cond.Status == apiextensionsv1.ConditionTrue
+		}) {
+			return fmt.Errorf("custom resource %s is not served yet", crd.Name)
+		}
+	}
+	return nil
 }
 
 // startNodes starts kubelets and scheduler and waits until every node is Ready.
@@ -248,21 +303,34 @@ func (c *Cluster) startNodes(ctx context.Context) error {
 }
 
 func (c *Cluster) awaitNodes(ctx context.Context) error {
-	for {
+	return poll(ctx, func(ctx context.Context) error {
 		var nodes corev1.NodeList
-		err := c.client.List(ctx, &nodes)
+		if err := c.client.List(ctx, &nodes); err != nil {
+			return err
+		}
 		ready := 0
 		for i := range nodes.Items {
 			if kubelet.NodeReady(&nodes.Items[i]) {
 				ready++
 			}
 		}
-		if err == nil && ready == len(c.Nodes) {
+		if ready < len(c.Nodes) {
+			return fmt.Errorf("%d of %d nodes are Ready", ready, len(c.Nodes))
+		}
+		return nil
+	})
+}
+
+// poll tries until there is no error or the context ends.
+func poll(ctx context.Context, try func(context.Context) error) error {
+	for {
+		err := try(ctx)
+		if err == nil {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%d of %d nodes are Ready: %w", ready, len(c.Nodes), errors.Join(context.Cause(ctx), err))
+			return errors.Join(context.Cause(ctx), err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -278,6 +346,16 @@ func (c *Cluster) startProxy(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// serviceAccount is the user that a service account of ours is to the API server, so that the controller and the agents may do here what
+// config/rbac lets them do, and no more.
+func serviceAccount(name string) controlplane.User {
+	const namespace = "serviceproxy-system"
+	return controlplane.User{
+		Name:   "system:serviceaccount:" + namespace + ":" + name,
+		Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + namespace},
+	}
 }
 
 // podChanged keeps the names of the pods' namespaces.

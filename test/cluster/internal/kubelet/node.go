@@ -71,7 +71,13 @@ func (k *Kubelet) beat(ctx context.Context, ready bool) error {
 	if NodeReady(node) == ready && len(node.Status.Addresses) > 0 && !k.unknown(node) {
 		return nil
 	}
-	patch, err := json.Marshal(map[string]any{"status": k.nodeStatus(ready, metav1.Now())})
+	status := k.nodeStatus(ready, metav1.Now())
+	if len(node.Status.Addresses) > 0 {
+		// They never change, and a strategic merge patch must not name two addresses of one type that are there already: the merge
+		// key is the type alone, and it would double them.
+		status.Addresses = nil
+	}
+	patch, err := json.Marshal(map[string]any{"status": status})
 	if err != nil {
 		return err
 	}

@@ -18,7 +18,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
 
-// stopGrace is how long a program has to end after SIGTERM before it is killed.
+// stopGrace is how long a program has to end when asked before it is killed.
 const stopGrace = 10 * time.Second
 
 // Spawner starts programs that the kernel kills as soon as this process is gone, SIGKILL included.
@@ -83,6 +83,8 @@ type Spec struct {
 	NS *netns.NS
 	// Ready tells whether the program works. Start polls it. Nil: it does as soon as it runs.
 	Ready func(context.Context) error
+	// StopSignal is how Stop asks the program to end; default SIGTERM.
+	StopSignal syscall.Signal
 	// Crashed is called when the program ends without having been asked to. Optional.
 	Crashed func(error)
 }
@@ -106,7 +108,12 @@ type run struct {
 }
 
 // New makes a process that does not run yet.
-func New(s *Spawner, spec Spec) *Process { return &Process{spec: spec, spawner: s} }
+func New(s *Spawner, spec Spec) *Process {
+	if spec.StopSignal == 0 {
+		spec.StopSignal = syscall.SIGTERM
+	}
+	return &Process{spec: spec, spawner: s}
+}
 
 // Name is the process's name in messages.
 func (p *Process) Name() string { return p.spec.Name }
@@ -208,10 +215,10 @@ func (p *Process) awaitReady(ctx context.Context, r *run) error {
 	}
 }
 
-// Stop asks the program to end (SIGTERM), waits until it has, and kills it if it takes too long, which is an error. It is no
+// Stop asks the program to end, waits until it has, and kills it if it takes too long, which is an error. It is no
 // error if the program does not run.
 func (p *Process) Stop() error {
-	r, err := p.end(syscall.SIGTERM)
+	r, err := p.end(p.spec.StopSignal)
 	if r == nil || err != nil {
 		return err
 	}
@@ -225,7 +232,7 @@ func (p *Process) Stop() error {
 	case <-r.done:
 		return nil
 	case <-timeout.C:
-		return errors.Join(fmt.Errorf("%s did not end within %v of SIGTERM: killed", p.spec.Name, stopGrace), p.Kill())
+		return errors.Join(fmt.Errorf("%s did not end within %v of %s: killed", p.spec.Name, stopGrace, p.spec.StopSignal), p.Kill())
 	}
 }
 
