@@ -83,13 +83,14 @@ serviceSelector: {}`))
 		Expect(c.Create(ctx, &v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: "bare"}}, client.DryRunAll)).To(Succeed())
 	})
 
-	It("lets a claim go from hand to hand by way of Released", func(ctx context.Context) {
+	It("lets a claim go from hand to hand", func(ctx context.Context) {
 		claim := object("AllocationClaim", `spec: {state: Reserved, holder: {name: null, uid: null}}`)
 		Expect(c.Create(ctx, claim)).To(Succeed())
 		DeferCleanup(func(ctx context.Context) { Expect(c.Delete(ctx, claim)).To(Succeed()) })
 		for _, next := range []string{
 			`spec: {state: Bound}`,
 			`spec: {state: Bound, policyName: tenant-b}`,
+			`spec: {state: Bound, holder: {name: successor}}`, // the API server gave the ClusterIP to another Service; its IPAddress is the lock
 			`spec: {state: Released, expiresAt: "2026-01-01T00:00:00Z"}`,
 			`spec: {state: Bound, holder: {namespace: other, name: api, uid: 9a1e9d32-5b57-4d6f-8c56-2f6d7c6a3b10}}`,
 			`spec: {state: Released, expiresAt: "2026-01-02T00:00:00Z", holder: {namespace: other, name: api, uid: 9a1e9d32-5b57-4d6f-8c56-2f6d7c6a3b10}}`,

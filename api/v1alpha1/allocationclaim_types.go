@@ -59,7 +59,7 @@ type ClaimHolder struct {
 // +kubebuilder:validation:XValidation:rule="self.state != 'Bound' || (has(self.holder.name) && has(self.holder.uid))",message="must have name and uid when state is Bound",fieldPath=".holder"
 // +kubebuilder:validation:XValidation:rule="(self.state == 'Released') == has(self.expiresAt)",message="must be set when state is Released, and only then",fieldPath=".expiresAt"
 // +kubebuilder:validation:XValidation:rule="oldSelf.state != 'Bound' || self.state != 'Reserved'",message="must not go from Bound back to Reserved: a Bound claim is Released first",fieldPath=".state"
-// +kubebuilder:validation:XValidation:rule="oldSelf.state != 'Bound' || self.state != 'Bound' || self.holder == oldSelf.holder",message="must not change while the claim is Bound: a Bound claim is Released first",fieldPath=".holder"
+// +kubebuilder:validation:XValidation:rule="oldSelf.state != 'Bound' || self.state != 'Bound' || !(oldSelf.use in ['AdditionalIP', 'LoadBalancerIP']) || self.holder == oldSelf.holder",message="must not change while the claim of an AdditionalIP or LoadBalancerIP is Bound, because the claim is the address's lock: it is Released first",fieldPath=".holder"
 type AllocationClaimSpec struct {
 	// address is the claimed address in canonical form.
 	// +optional

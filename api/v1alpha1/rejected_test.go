@@ -345,6 +345,7 @@ func claimRejections() []rejection {
 	}
 	const (
 		inFull = "the address that the claim locks, in full with dashes for colons, such as fd00-0099-0000-0000-0000-0000-0000-0001"
+		lock   = `must not change while the claim of an AdditionalIP or LoadBalancerIP is Bound, because the claim is the address's lock: it is Released first`
 		either = `spec: Invalid value: exactly one of address and nodePort must be set`
 	)
 	return []rejection{
@@ -399,7 +400,8 @@ func claimRejections() []rejection {
 		spec(`{state: Released}`, `spec.expiresAt: Invalid value: must be set when state is Released, and only then`),
 		spec(`{expiresAt: "2026-01-01T00:00:00Z"}`, `spec.expiresAt: Invalid value: must be set when state is Released, and only then`),
 		change(`{state: Bound}`, `{state: Reserved}`, `spec.state: Invalid value: must not go from Bound back to Reserved: a Bound claim is Released first`),
-		change(`{state: Bound}`, `{holder: {uid: another}}`, `spec.holder: Invalid value: must not change while the claim is Bound: a Bound claim is Released first`),
+		change(`{use: AdditionalIP}`, `{holder: {uid: another}}`, `spec.holder: Invalid value: `+lock),
+		change(`{use: LoadBalancerIP}`, `{use: ClusterIP, holder: {uid: another}}`, `spec.holder: Invalid value: `+lock),
 	}
 }
 
