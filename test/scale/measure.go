@@ -40,7 +40,7 @@ func kubeProxyProgram(path string) program {
 }
 
 // settled is how long the kernel's rules must have been at rest for a load to be over. kube-proxy's own minimum between two syncs is 1 s.
-const settled = 4 * time.Second
+const settled = 3 * time.Second
 
 // measure runs the proxy in a namespace of its own: a cold start, single changes, a steady load, a restart.
 func measure(ctx context.Context, w *world, p program, o options, logFile string) (*result, error) {
@@ -217,7 +217,8 @@ func churn(ctx context.Context, w *world, p *process, c *commits, o options, r *
 type process struct {
 	cmd     *exec.Cmd
 	started time.Time
-	done    chan error
+	done    chan error    // its exit status, once
+	ended   chan struct{} // closed when it has ended
 	// childPeak is in bytes.
 	childPeak atomic.Int64
 }
@@ -225,46 +226,70 @@ type process struct {
 func start(ns *netns.NS, p program, kubeconfig string, log *os.File) (*process, error) {
 	cmd := exec.Command(p.path, p.args(kubeconfig)...)
 	cmd.Stdout, cmd.Stderr = log, log
-	pr := &process{cmd: cmd, started: time.Now(), done: make(chan error, 1)}
+	pr := &process{cmd: cmd, started: time.Now(), done: make(chan error, 1), ended: make(chan struct{})}
 	if err := ns.Start(cmd); err != nil {
 		return nil, err
 	}
 	go pr.sampleChildren()
-	go func() { pr.done <- cmd.Wait(); close(pr.done) }()
+	go func() {
+		pr.done <- cmd.Wait()
+		close(pr.ended)
+		close(pr.done)
+	}()
 	return pr, nil
 }
 
 // stop ends the proxy as a node's shutdown would, and waits for its end.
 func (p *process) stop() {
-	if p.cmd.ProcessState != nil {
+	select {
+	case <-p.ended:
 		return
+	default:
 	}
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		progress("stop %s: %v", p.cmd.Path, err)
 	}
 	select {
-	case <-p.done:
+	case <-p.ended:
 	case <-time.After(20 * time.Second):
 		if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 			progress("kill %s: %v", p.cmd.Path, err)
 		}
-		<-p.done
+		<-p.ended
 	}
 }
 
-// cpu is the user and system time of the process and of its children that have ended.
+// cpu is the user and system time of the process and of its children, living or ended.
 func (p *process) cpu() (time.Duration, error) {
 	select {
 	case err := <-p.done:
 		return 0, fmt.Errorf("the proxy ended: %w", err)
 	default:
 	}
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	total, err := cpuOf(strconv.Itoa(p.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	// The kernel adds a child to its parent's time only when it has ended, which for a large `nft -f` is a minute later.
+	for _, child := range p.children() {
+		if t, err := cpuOf(child); err == nil { // else it has just ended
+			total += t
+		}
+	}
+	return total, nil
+}
+
+// cpuOf is the time of a process and of its ended children.
+func cpuOf(pid string) (time.Duration, error) {
+	b, err := os.ReadFile("/proc/" + pid + "/stat")
 	if err != nil {
 		return 0, err
 	}
 	_, rest, _ := strings.Cut(string(b), ") ") // the command's name may hold blanks
 	fields := strings.Fields(rest)
+	if len(fields) < 15 {
+		return 0, fmt.Errorf("/proc/%s/stat has only %d fields", pid, len(fields))
+	}
 	var ticks int64
 	for _, f := range fields[11:15] { // utime, stime, cutime, cstime
 		n, err := strconv.ParseInt(f, 10, 64)
@@ -274,6 +299,23 @@ func (p *process) cpu() (time.Duration, error) {
 		ticks += n
 	}
 	return time.Duration(ticks) * (time.Second / 100), nil // USER_HZ is 100 on every Linux that Go runs on
+}
+
+// children gives the process ids of the living children, nil if there are none or the process has ended.
+func (p *process) children() []string {
+	// A child belongs to the thread that started it.
+	threads := fmt.Sprintf("/proc/%d/task", p.cmd.Process.Pid)
+	tasks, err := os.ReadDir(threads)
+	if err != nil {
+		return nil
+	}
+	var pids []string
+	for _, task := range tasks {
+		if b, err := os.ReadFile(filepath.Join(threads, task.Name(), "children")); err == nil {
+			pids = append(pids, strings.Fields(string(b))...)
+		}
+	}
+	return pids
 }
 
 func (p *process) memory() (rss, peak int64, err error) {
@@ -299,24 +341,19 @@ func (p *process) memory() (rss, peak int64, err error) {
 	return rss, peak, nil
 }
 
-// sampleChildren keeps the largest sum of resident memory that the process's children were seen to have.
+// sampleChildren keeps the largest sum of resident memory that the process's children were seen to have, until the process ends.
 func (p *process) sampleChildren() {
-	// A child belongs to the thread that started it.
-	threads := fmt.Sprintf("/proc/%d/task", p.cmd.Process.Pid)
 	page := int64(os.Getpagesize())
-	for range time.Tick(20 * time.Millisecond) {
-		tasks, err := os.ReadDir(threads)
-		if err != nil {
-			return // the process has ended
-		}
-		var pids []string
-		for _, task := range tasks {
-			if b, err := os.ReadFile(filepath.Join(threads, task.Name(), "children")); err == nil {
-				pids = append(pids, strings.Fields(string(b))...)
-			}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.ended:
+			return
+		case <-tick.C:
 		}
 		var sum int64
-		for _, pid := range pids {
+		for _, pid := range p.children() {
 			statm, err := os.ReadFile("/proc/" + pid + "/statm")
 			if err != nil {
 				continue // the child has ended
