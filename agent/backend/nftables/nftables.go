@@ -41,9 +41,10 @@ type Backend struct {
 	drifted chan struct{}
 	// mirrors are what the kernel holds, one per family; nil if that is not known. They are taken out while a transaction is
 	// under way and put back when the kernel has accepted it.
-	mirrors []*mirror
-	tx      transaction
-	commits uint32
+	mirrors  []*mirror
+	tx       transaction
+	commits  uint32
+	partSize int
 }
 
 var _ backend.Backend = (*Backend)(nil)
@@ -54,7 +55,7 @@ func New(config Config) (*Backend, error) {
 	if err != nil {
 		return nil, fmt.Errorf("nftables: %w", err)
 	}
-	b := &Backend{config: config, conn: conn, drifted: make(chan struct{}, 1)}
+	b := &Backend{config: config, conn: conn, drifted: make(chan struct{}, 1), partSize: partSize}
 	b.watch, err = nfnl.NewWatch(TableName, conn, b.signal)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("nftables: %w", err), conn.Close())
@@ -106,10 +107,10 @@ func (b *Backend) rebuild(ctx context.Context, next forwarding.State) error {
 		b.tx.reset()
 		lenient := attempt == guardedReads
 		generation, err := b.read(&job, lenient)
-		if err == nil {
-			if !lenient {
-				job.generation = generation
-			}
+		if lenient {
+			generation = 0
+		}
+		if job.generation = generation; err == nil {
 			err = job.run(ctx)
 		}
 		if errors.Is(err, nfnl.ErrChanged) && !lenient {
@@ -247,7 +248,7 @@ func (j *job) sweep(ctx context.Context) error {
 
 // commitFull commits what there is if it is enough for a transaction.
 func (j *job) commitFull(ctx context.Context) error {
-	if j.tx.size() < partSize || j.tx.whole {
+	if j.tx.size() < j.partSize || j.tx.whole {
 		return nil
 	}
 	j.each((*mirror).finish)

@@ -90,16 +90,17 @@ func (t *transaction) addChain(table nfnl.Table, c chain) {
 	t.new.AddChain(table, c.name, c.hook)
 }
 
-func (t *transaction) setRules(table nfnl.Table, c chain, flush bool) {
+// setRules gives a chain its rules; live says that packets may pass it already.
+func (t *transaction) setRules(table nfnl.Table, c chain, live bool) {
 	if t.dry {
 		t.note(table, "chain", c.name, "differs: its rules are others")
 		return
 	}
 	batch := &t.new
-	if flush {
+	if live {
 		batch = &t.now
-		batch.FlushChain(table, c.name)
 	}
+	batch.FlushChain(table, c.name) // even if it should have none: the dump that said so may have been incomplete
 	for _, r := range c.rules {
 		batch.AppendRule(table, c.name, r)
 	}

@@ -134,7 +134,8 @@ type Chain struct {
 	Rules []string
 }
 
-// Chains gives the chains of a table with their rules, and whether the table exists.
+// Chains gives the chains of a table with their rules, and whether the table exists. Like all that reads here it gives with ErrChanged what it
+// has read nevertheless, which may lack things.
 func (c *Conn) Chains(t Table) (chains map[string]*Chain, exists bool, err error) {
 	err = c.get(unix.NFT_MSG_GETTABLE, 0, t.Family, appendString(nil, unix.NFTA_TABLE_NAME, t.Name), func(Family, []byte) {})
 	if errors.Is(err, unix.ENOENT) {
@@ -149,7 +150,8 @@ func (c *Conn) Chains(t Table) (chains map[string]*Chain, exists bool, err error
 			chains[ch.Name] = ch
 		}
 	})
-	if err != nil {
+	changed := errors.Is(err, ErrChanged)
+	if err != nil && !changed {
 		return nil, true, fmt.Errorf("read chains: %w", err)
 	}
 	err = c.get(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, t.Family, appendString(nil, unix.NFTA_RULE_TABLE, t.Name), func(f Family, body []byte) {
@@ -158,8 +160,11 @@ func (c *Conn) Chains(t Table) (chains map[string]*Chain, exists bool, err error
 			ch.Rules = append(ch.Rules, fingerprint)
 		}
 	})
+	if err == nil && changed {
+		err = ErrChanged
+	}
 	if err != nil {
-		return nil, true, fmt.Errorf("read rules: %w", err)
+		return chains, true, fmt.Errorf("read rules: %w", err)
 	}
 	return chains, true, nil
 }
@@ -215,7 +220,7 @@ func (c *Conn) Sets(t Table) (map[string]*Set, error) {
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("read sets: %w", err)
+		return sets, fmt.Errorf("read sets: %w", err)
 	}
 	return sets, nil
 }

@@ -1,0 +1,171 @@
+package nftables
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/test/netns"
+)
+
+// benchService is service i with n endpoints. Host numbers go on from first.
+func benchService(i, first, n int) *forwarding.Service {
+	target := forwarding.Target{Action: forwarding.Forward}
+	for j := range n {
+		e := i*16 + first + j
+		target.Endpoints = append(target.Endpoints, forwarding.Endpoint{
+			AddrPort: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 128 + byte(e>>16), byte(e >> 8), byte(e)}), 8080),
+		})
+	}
+	return &forwarding.Service{
+		Key:        forwarding.ServiceKey{Namespace: "bench", Name: fmt.Sprintf("service-%d", i), Port: 80, Protocol: forwarding.TCP},
+		ServiceIPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 99 + byte(i>>16), byte(i >> 8), byte(i)})},
+		Internal:   target,
+	}
+}
+
+func benchState(services int) forwarding.State {
+	var s forwarding.State
+	for i := range services {
+		s = s.With(benchService(i, 0, 10))
+	}
+	return s
+}
+
+var benchSizes = []int{1000, 10000, 50000}
+
+func eachSize(b *testing.B, f func(b *testing.B, services int)) {
+	for _, services := range benchSizes {
+		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) { f(b, services) })
+	}
+}
+
+// cpu is this process's CPU time so far, the kernel's on its behalf included.
+func cpu(b *testing.B) time.Duration {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}
+
+// BenchmarkLoad fills an empty kernel.
+func BenchmarkLoad(b *testing.B) {
+	eachSize(b, func(b *testing.B, services int) {
+		want := benchState(services)
+		b.ReportAllocs()
+		var spent time.Duration
+		for b.Loop() {
+			b.StopTimer()
+			ns := netns.NewT(b)
+			be := newBackend(b, ns)
+			runtime.GC()
+			before := cpu(b)
+			b.StartTimer()
+			apply(b, be, nil, want)
+			spent += cpu(b) - before
+		}
+		b.ReportMetric(float64(spent)/float64(b.N), "cpu-ns/op")
+	})
+}
+
+// BenchmarkRestart finds everything in place.
+func BenchmarkRestart(b *testing.B) {
+	eachSize(b, func(b *testing.B, services int) {
+		want := benchState(services)
+		ns := netns.NewT(b)
+		apply(b, newBackend(b, ns), nil, want)
+		b.ReportAllocs()
+		var spent time.Duration
+		for b.Loop() {
+			b.StopTimer()
+			be := newBackend(b, ns)
+			runtime.GC()
+			before := cpu(b)
+			b.StartTimer()
+			apply(b, be, nil, want)
+			spent += cpu(b) - before
+			if be.commits != 0 {
+				b.Fatalf("%d transactions", be.commits)
+			}
+		}
+		b.ReportMetric(float64(spent)/float64(b.N), "cpu-ns/op")
+	})
+}
+
+// BenchmarkMirror tells the memory that a backend keeps.
+func BenchmarkMirror(b *testing.B) {
+	eachSize(b, func(b *testing.B, services int) {
+		want := benchState(services)
+		ns := netns.NewT(b)
+		be := newBackend(b, ns)
+		heap := func() uint64 {
+			runtime.GC()
+			runtime.GC()
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return m.HeapAlloc
+		}
+		before := heap()
+		for b.Loop() {
+			apply(b, be, nil, want)
+		}
+		b.ReportMetric(float64(heap()-before), "heap-bytes")
+		runtime.KeepAlive(be)
+		runtime.KeepAlive(want.Len())
+	})
+}
+
+// BenchmarkChange changes services one way and another, from the state to the kernel.
+func BenchmarkChange(b *testing.B) {
+	replaced := func(round int) (first, n int) { return round % 2, 10 }
+	for _, c := range []struct {
+		name  string
+		dirty int
+		// shape gives a service's endpoints in a round: the number of the first, and how many.
+		shape func(round int) (first, n int)
+	}{
+		{"replaced", 1, replaced},
+		{"added-removed", 1, func(round int) (first, n int) { return 0, 10 + round%2 }},
+		{"replaced", 50, replaced},
+	} {
+		b.Run(fmt.Sprintf("%s/dirty=%d", c.name, c.dirty), func(b *testing.B) {
+			eachSize(b, func(b *testing.B, services int) {
+				be := newBackend(b, netns.NewT(b))
+				prev := benchState(services)
+				apply(b, be, nil, prev)
+				rounds := make([]int, services)
+				var took []time.Duration
+				i := 0
+				runtime.GC()
+				b.ReportAllocs()
+				before := cpu(b)
+				for b.Loop() {
+					next := prev
+					for range c.dirty {
+						i = (i + 7919) % services
+						rounds[i]++
+						first, n := c.shape(rounds[i])
+						next = next.With(benchService(i, first, n))
+					}
+					start := time.Now()
+					if err := be.Apply(context.Background(), &prev, next); err != nil {
+						b.Fatal(err)
+					}
+					took = append(took, time.Since(start))
+					prev = next
+				}
+				b.ReportMetric(float64(cpu(b)-before)/float64(b.N), "cpu-ns/op")
+				slices.Sort(took)
+				b.ReportMetric(float64(took[len(took)/2]), "p50-ns")
+			})
+		})
+	}
+}

@@ -1,0 +1,340 @@
+package nftables
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/test/netns"
+)
+
+// frontendContent is what the kernel does for one frontend, whatever shard and slots it is in.
+type frontendContent struct {
+	action    action
+	hash      bool
+	masq      masquerade
+	endpoints string
+}
+
+func contentOf(f *family, front *frontend) frontendContent {
+	c := frontendContent{action: front.action, hash: front.balancer.hash, masq: front.balancer.masq}
+	var list []string
+	for i := range f.slotCount(front.slots) {
+		if s := f.slot(front.slots, i); !empty(s) {
+			list = append(list, fmt.Sprintf("%x", []byte(s)))
+		}
+	}
+	slices.Sort(list)
+	c.endpoints = strings.Join(list, " ")
+	return c
+}
+
+// kernelContent reads back what the kernel forwards, and checks what no reader needs but packets do.
+func kernelContent(t rapidTB, b *Backend) map[string]frontendContent {
+	content := map[string]frontendContent{}
+	for _, f := range families {
+		m, err := reader{conn: b.conn}.read(f, b.config.ClusterCIDRs, &transaction{dry: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for key, front := range m.fronts {
+			content[fmt.Sprintf("%s %v", f.name, key)] = contentOf(f, front)
+			if front.action != balance {
+				continue
+			}
+			if empty(m.slot(front.slots, 0)) || m.slotCount(front.slots) != front.balancer.size || front.shard.index != front.balancer.shard {
+				t.Fatalf("%s %v: balancer %+v over %x", f.name, key, front.balancer, []byte(front.slots))
+			}
+		}
+		for e := range m.serviceIPs.uses {
+			content[fmt.Sprintf("%s service IP %v", f.name, e)] = frontendContent{}
+		}
+		for e := range m.hairpin.uses {
+			content[fmt.Sprintf("%s hairpin %v", f.name, e)] = frontendContent{}
+		}
+		if len(m.strays) > 0 || len(m.foreign) > 0 {
+			t.Fatalf("%s: strays %v, foreign sets %v", f.name, m.strays, m.foreign)
+		}
+	}
+	return content
+}
+
+type rapidTB interface {
+	Fatal(...any)
+	Fatalf(string, ...any)
+}
+
+// wantContent says what the kernel should forward, from the model alone.
+func wantContent(s forwarding.State) map[string]frontendContent {
+	content := map[string]frontendContent{}
+	var all []*forwarding.Service
+	for svc := range s.All() {
+		all = append(all, svc)
+	}
+	// The first service by key has what several want.
+	slices.SortFunc(all, func(a, b *forwarding.Service) int { return b.Key.Compare(a.Key) })
+	for _, svc := range all {
+		for _, f := range families {
+			for _, w := range f.wants(nil, svc, true) {
+				c := frontendContent{action: refuse}
+				var list []string
+				for _, e := range w.target.Endpoints {
+					if f.is(e.AddrPort.Addr()) && w.target.Action == forwarding.Forward {
+						b, _ := e.AddrPort.MarshalBinary()
+						b[len(b)-2], b[len(b)-1] = b[len(b)-1], b[len(b)-2] // it has the port little-endian
+						list = append(list, fmt.Sprintf("%x", b))
+					}
+				}
+				switch {
+				case len(list) > 0:
+					slices.Sort(list)
+					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " ")}
+				case w.target.Action == forwarding.Drop:
+					c.action = drop
+				}
+				content[fmt.Sprintf("%s %v", f.name, w.key)] = c
+			}
+			for _, e := range f.serviceIPs(nil, svc) {
+				content[fmt.Sprintf("%s service IP %v", f.name, e)] = frontendContent{}
+			}
+			for _, e := range f.hairpins(nil, svc) {
+				content[fmt.Sprintf("%s hairpin %v", f.name, e)] = frontendContent{}
+			}
+		}
+	}
+	return content
+}
+
+func drawTarget(t *rapid.T, local bool) forwarding.Target {
+	target := forwarding.Target{Action: forwarding.Action(rapid.IntRange(0, 3).Draw(t, "action"))}
+	if target.Action < forwarding.Forward {
+		return target
+	}
+	target.Action = forwarding.Forward
+	n := rapid.SampledFrom([]int{1, 2, 3, 5, 8, 9, 20}).Draw(t, "endpoints")
+	for i := range n {
+		family := 0
+		if rapid.IntRange(0, 4).Draw(t, "family") == 0 {
+			family = 1
+		}
+		target.Endpoints = append(target.Endpoints, forwarding.Endpoint{
+			AddrPort: netip.AddrPortFrom(podAddr(family, 0, rapid.IntRange(0, 30).Draw(t, "address")), uint16(8080+i%2)), Local: local,
+		})
+	}
+	slices.SortFunc(target.Endpoints, forwarding.Endpoint.Compare)
+	target.Endpoints = slices.CompactFunc(target.Endpoints, func(a, b forwarding.Endpoint) bool { return a.AddrPort == b.AddrPort })
+	return target
+}
+
+func drawState(t *rapid.T) forwarding.State {
+	var s forwarding.State
+	for i := range rapid.IntRange(0, 6).Draw(t, "services") {
+		svc := &forwarding.Service{Key: forwarding.ServiceKey{Namespace: "ns", Name: fmt.Sprint("s", i), Port: 80, Protocol: forwarding.TCP}}
+		svc.Key.Protocol = rapid.SampledFrom([]forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP}).Draw(t, "protocol")
+		svc.Scheduler = rapid.SampledFrom([]forwarding.Scheduler{forwarding.Random, forwarding.SourceHash}).Draw(t, "scheduler")
+		for family := range families {
+			if rapid.Bool().Draw(t, "service IP") {
+				ip := serviceIP.addr(family)
+				for range i {
+					ip = ip.Next()
+				}
+				svc.ServiceIPs = append(svc.ServiceIPs, ip)
+			}
+			if rapid.Bool().Draw(t, "external IP") { // services collide on it
+				svc.ExternalIPs = append(svc.ExternalIPs, externalIP.addr(family))
+			}
+		}
+		if rapid.Bool().Draw(t, "node port") {
+			svc.NodePort = uint16(30000 + rapid.IntRange(0, 2).Draw(t, "number"))
+			for _, p := range []string{"0.0.0.0/0", "192.0.2.1/32", "2001:db8:1::1/128"} {
+				if rapid.Bool().Draw(t, p) {
+					svc.NodePortAddresses = append(svc.NodePortAddresses, netip.MustParsePrefix(p))
+				}
+			}
+		}
+		local := rapid.Bool().Draw(t, "local")
+		svc.Internal, svc.External = drawTarget(t, local), drawTarget(t, local)
+		svc.ExternalFromHere = svc.External
+		if svc.PreserveSource = rapid.Bool().Draw(t, "preserve"); svc.PreserveSource {
+			svc.ExternalFromHere = svc.Internal
+		}
+		s = s.With(svc)
+	}
+	return s
+}
+
+// TestApply walks through random states. After each step the kernel must hold what the state says, however it got there, in
+// one transaction or in many; Verify must agree; and a new process must find nothing to change.
+func TestApply(t *testing.T) {
+	ns := netns.NewT(t)
+	b := newBackend(t, ns)
+	parts := newBackend(t, ns)
+	parts.partSize = 300
+	rapid.Check(t, func(t *rapid.T) {
+		backend := b
+		if rapid.Bool().Draw(t, "in parts") {
+			backend = parts
+		}
+		var prev *forwarding.State
+		for step := range rapid.IntRange(1, 4).Draw(t, "steps") {
+			next := drawState(t)
+			if err := backend.Apply(context.Background(), prev, next); err != nil {
+				t.Fatalf("step %d: %v", step, err)
+			}
+			prev = &next
+			if got, want := kernelContent(t, backend), wantContent(next); !maps.Equal(got, want) {
+				t.Fatalf("step %d: the kernel holds\n%v\nwant\n%v", step, got, want)
+			}
+			if drifts, err := backend.Verify(context.Background(), next); err != nil || len(drifts) > 0 {
+				t.Fatalf("step %d: drifts %v, %v", step, drifts, err)
+			}
+		}
+		before := backend.commits
+		if err := backend.Apply(context.Background(), nil, *prev); err != nil {
+			t.Fatal(err)
+		}
+		if backend.commits != before {
+			t.Fatalf("a restart wrote %d transactions", backend.commits-before)
+		}
+	})
+}
+
+// nft runs nft in a namespace, with input on stdin.
+func nft(t testing.TB, ns *netns.NS, input string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command("nft", args...)
+	cmd.Stdin = strings.NewReader(input)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := ns.Start(cmd); err != nil {
+		t.Fatalf("nft (package nftables): %v", err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("nft %q: %v\n%s\ninput:\n%s", args, err, errOut.String(), input)
+	}
+	return out.String()
+}
+
+// everything is a state in which each kind of rule occurs.
+func everything() forwarding.State {
+	var s forwarding.State
+	for family := range families {
+		for i, proto := range []forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP} {
+			svc := web(family, proto)
+			svc.Key.Name = fmt.Sprint("all-", family)
+			svc.Internal = forward(endpoints(family, 3, 8080)...)
+			switch i {
+			case 0:
+				svc.Scheduler, svc.PreserveSource = forwarding.SourceHash, true
+				svc.External = forwarding.Target{Action: forwarding.Drop}
+			case 1:
+				svc.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("fd00::/15")}
+			case 2:
+				svc.Internal = forwarding.Target{}
+			}
+			s = s.With(svc)
+		}
+	}
+	return s
+}
+
+// TestListedByNft: admins list rule sets and load them again with the distribution's nft, which must understand ours, and print it readably.
+func TestListedByNft(t *testing.T) {
+	ns := netns.NewT(t)
+	b := newBackend(t, ns)
+	apply(t, b, nil, everything())
+	list := nft(t, ns, "", "list", "ruleset")
+	nft(t, ns, list, "-c", "-f", "-")
+	for _, want := range []string{
+		"10.99.0.1 . tcp . 80 : goto services.0-hash-4-offmasq", "10.99.0.1 . udp . 80 . 2 : 10.244.1.12 . 8080",
+		"fd00:99::1 . tcp . 80 . 0 : fd00:244:1::10 . 8080", "10.99.0.1 . sctp . 80 : goto refuse",
+		"type nat hook prerouting priority dstnat - 5", "numgen random mod 4 map @services.0", "masquerade fully-random",
+	} {
+		if !strings.Contains(list, want) {
+			t.Errorf("the listing lacks %q:\n%s", want, list)
+		}
+	}
+	// What nft loaded into an empty kernel is the same table to us, but for its annotations.
+	copied := netns.NewT(t)
+	nft(t, copied, list, "-f", "-")
+	c := newBackend(t, copied)
+	if got, want := kernelContent(t, c), wantContent(everything()); !maps.Equal(got, want) {
+		t.Errorf("loaded by nft:\n%v\nwant\n%v", got, want)
+	}
+}
+
+func TestNames(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		b := balancer{
+			door:  door{rapid.Uint64().Draw(t, "class"), rapid.Bool().Draw(t, "here")},
+			shard: rapid.IntRange(0, 1000).Draw(t, "shard"), hash: rapid.Bool().Draw(t, "hash"),
+			size: 1 << rapid.IntRange(0, 20).Draw(t, "size"), masq: masquerade(rapid.IntRange(0, len(masqueradeSuffix)-1).Draw(t, "masquerade")),
+		}
+		if got, ok := parseBalancer(b.name()); !ok || got != b {
+			t.Fatalf("%s reads back as %+v (%v), want %+v", b.name(), got, ok, b)
+		}
+		if d, i, ok := parseShard(shardName(b.door, b.shard)); !ok || d != b.door || i != b.shard {
+			t.Fatalf("%s reads back as %v %d", shardName(b.door, b.shard), d, i)
+		}
+	})
+	for _, name := range []string{"", "refuse", "services", "services.0", "services.0-random-3", "services.0-first-2", "services.x-random-2", "nodeports-1.0-random-2", "services.0-random-2-other"} {
+		if b, ok := parseBalancer(name); ok {
+			t.Errorf("%q is taken for %+v", name, b)
+		}
+	}
+}
+
+func TestSlotsFor(t *testing.T) {
+	for _, c := range []struct{ n, now, want int }{
+		{1, 0, 1}, {2, 0, 2}, {3, 0, 4}, {10, 0, 16}, {16, 0, 16}, {17, 16, 32}, {16, 32, 32}, {12, 32, 32}, {11, 32, 16},
+		{2, 1, 2}, {1, 2, 2}, {1, 4, 1}, {2, 4, 4},
+	} {
+		if got := slotsFor(c.n, c.now); got != c.want {
+			t.Errorf("%d endpoints, %d slots: %d, want %d", c.n, c.now, got, c.want)
+		}
+	}
+}
+
+// TestArrange: an endpoint stays in its slot; removing one touches no other but the one that refills slot 0.
+func TestArrange(t *testing.T) {
+	f := families[0]
+	rapid.Check(t, func(t *rapid.T) {
+		var old slots
+		for range rapid.IntRange(1, 6).Draw(t, "steps") {
+			hosts := rapid.SliceOfNDistinct(rapid.Byte(), 1, 40, rapid.ID).Draw(t, "hosts")
+			slices.Sort(hosts)
+			var list []byte
+			for _, h := range hosts {
+				list = append(list, 10, 0, 0, h, 0, 80)
+			}
+			size := slotsFor(len(hosts), f.slotCount(old))
+			next := f.arrange(old, list, size)
+			var held []byte
+			moved := 0
+			for i := range size {
+				s := f.slot(next, i)
+				if empty(s) {
+					continue
+				}
+				held = append(held, s[3])
+				if i < f.slotCount(old) && !bytes.Equal(s, f.slot(old, i)) && bytes.Contains(old, s) && f.slotCount(old) <= size {
+					moved++
+				}
+			}
+			slices.Sort(held)
+			if !slices.Equal(held, hosts) || empty(f.slot(next, 0)) || moved > 1 {
+				t.Fatalf("%v in %x (%d moved)", hosts, []byte(next), moved)
+			}
+			old = next
+		}
+	})
+}
