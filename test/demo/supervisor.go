@@ -1,0 +1,177 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/serviceproxy/serviceproxy-operator/test/cluster"
+)
+
+const (
+	// supervisorEnv, in the environment, makes this program the one that holds the cluster when the demo has ended.
+	supervisorEnv = "SERVICEPROXY_DEMO_SUPERVISOR"
+	// The supervisor's ends of two pipes: what it reads ends when the demo is killed before the story is over, and it writes told when it is.
+	watchFD, tellFD = 3, 4
+	told            = "told\n"
+
+	downTimeout = 60 * time.Second
+)
+
+// startSupervisor starts a supervisor and lets it tell the story.
+func startSupervisor(ctx context.Context) error {
+	watched, hold, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer hold.Close()
+	listen, tell, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer listen.Close()
+
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{watched, tell}
+	cmd.Env = append(os.Environ(), supervisorEnv+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // lives on without the terminal
+	err = cmd.Start()
+	watched.Close()
+	tell.Close()
+	if err != nil {
+		return err
+	}
+	interrupted := context.AfterFunc(ctx, func() { hold.Close() })
+	defer interrupted()
+	if line, err := bufio.NewReader(listen).ReadString('\n'); err == nil && line == told {
+		return nil
+	}
+	return errors.Join(errors.New("the cluster is not up"), cmd.Wait())
+}
+
+// supervise tells the story and then holds the cluster until it is asked to end.
+func supervise(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	over := make(chan struct{})
+	go func() {
+		// It never gives a byte, only ends.
+		io.Copy(io.Discard, os.NewFile(watchFD, "watch")) //nolint:errcheck
+		select {
+		case <-over:
+		default:
+			cancel(errors.New("interrupted"))
+		}
+	}()
+	c, err := tell(ctx, os.Stdout)
+	if err != nil {
+		if c != nil {
+			err = errors.Join(err, c.Close())
+		}
+		return err
+	}
+	thingsToTry(os.Stdout, c)
+	close(over)
+	if err := letGo(c); err != nil {
+		return errors.Join(err, c.Close())
+	}
+	<-ctx.Done()
+	return c.Close()
+}
+
+// letGo tells the demo that it may end, and lets go of its terminal.
+func letGo(c *cluster.Cluster) error {
+	log, err := os.Create(filepath.Join(c.LogDir(), "supervisor.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	for _, fd := range []int{1, 2} {
+		if err := unix.Dup3(int(log.Fd()), fd, 0); err != nil {
+			return err
+		}
+	}
+	tell := os.NewFile(tellFD, "tell")
+	_, err = tell.WriteString(told)
+	return errors.Join(err, tell.Close())
+}
+
+// takeDown ends the cluster that an earlier run left, if there is one.
+func takeDown(ctx context.Context) error {
+	// What a killed one left, too.
+	if err := cluster.Sweep(); err != nil {
+		return err
+	}
+	pid, err := cluster.Owner(clusterName)
+	if err != nil {
+		return err
+	}
+	if pid == 0 {
+		fmt.Println("no demo cluster is up")
+		return nil
+	}
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+		return fmt.Errorf("end process %d: %w", pid, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, downTimeout)
+	defer cancel()
+	for {
+		if pid, err := cluster.Owner(clusterName); err == nil && pid == 0 {
+			fmt.Println("the demo cluster is gone")
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("process %d did not end: %w", pid, context.Cause(ctx))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func thingsToTry(out io.Writer, c *cluster.Cluster) {
+	fmt.Fprint(out, strings.NewReplacer(
+		"KUBECONFIG_PATH", c.Kubeconfig, "ASSETS", c.Assets, "LOGS", c.LogDir(),
+		"CLIENT1", c.Exec("demo.client-1"), "NODE1", c.Exec("node1"), "OUTSIDE", c.Exec("outside"),
+	).Replace(`
+The cluster stays up. Things to try:
+
+    export KUBECONFIG=KUBECONFIG_PATH PATH=ASSETS:$PATH
+    kubectl get spp,svca,nps,claim -A
+    kubectl explain serviceproxypolicy.spec
+
+  call the orange Service from a pod on NODE1, as often as you like:
+    ip netns exec CLIENT1 curl -s http://10.99.13.178/
+
+  call the purple node port from outside, through each node:
+    for n in 11 12 13; do ip netns exec OUTSIDE curl -s http://172.30.0.$n:30080/; done
+
+  make a pod not ready, and ready again; scale; see how the rules follow:
+    kubectl -n demo annotate pod -l app=orange --overwrite serviceproxy.io/ready=false
+    kubectl -n demo annotate pod -l app=orange --overwrite serviceproxy.io/ready=true
+    kubectl -n demo scale deployment orange --replicas=10
+
+  see, and break, what the agent on NODE1 programmed; it repairs it:
+    ip netns exec NODE1 nft list ruleset
+    ip netns exec NODE1 nft flush ruleset
+
+  logs:
+    ls LOGS
+
+End it with:  make demo-down
+`))
+}
