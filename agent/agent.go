@@ -20,6 +20,7 @@ import (
 
 	"github.com/go-logr/logr"
 	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2"
 )
 
 // Config is what an agent needs to run.
@@ -65,7 +66,7 @@ func Run(ctx context.Context, c Config) error {
 	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())
 	for _, source := range clients.sources(c.Log, c.NodeName, s, r) {
 		reflector := source.reflector(c.Log)
-		running.Go(func() { reflector.RunWithContext(ctx) })
+		running.Go(func() { reflector.RunWithContext(klog.NewContext(ctx, c.Log.WithName("watch"))) })
 	}
 	running.Go(func() { r.run(ctx) })
 
