@@ -1,7 +1,6 @@
 package programmed
 
 import (
-	"cmp"
 	"fmt"
 	"strings"
 
@@ -148,7 +147,10 @@ func evaluate(s selection, c coverage, t target) verdict {
 	}
 	switch v.reason {
 	case ReasonNoNodes:
-		v.message = "No node that is Ready matches the node selector " + cmp.Or(s.selector, "(all nodes)")
+		v.message = "No node is Ready"
+		if s.selector != "" {
+			v.message = "No node that is Ready matches the node selector " + s.selector
+		}
 	case ReasonModeUnsupported:
 		v.message = fmt.Sprintf("Proxy mode %s is not available on %s", s.mode, unable)
 	case ReasonNoReadyEndpoints:
@@ -156,7 +158,7 @@ func evaluate(s selection, c coverage, t target) verdict {
 	case ReasonWaitingForNodes:
 		v.message = fmt.Sprintf("%d of %d nodes hold this generation; waiting for %s", v.programmed, v.desired, waiting)
 	case ReasonProgrammed:
-		v.message = fmt.Sprintf("All %d nodes hold this generation", v.desired)
+		v.message = fmt.Sprintf("%d of %d nodes hold this generation", v.programmed, v.desired)
 	}
 	return v
 }

@@ -36,13 +36,13 @@ func TestEvaluate(t *testing.T) {
 		want  verdict
 	}{
 		{"all hold it", []*node{holding("a", "100", "90"), holding("b", "1000", "91")}, "NFTables", goal,
-			verdict{ReasonProgrammed, "All 2 nodes hold this generation", 2, 2}},
+			verdict{ReasonProgrammed, "2 of 2 nodes hold this generation", 2, 2}},
 		{"no node", nil, "NFTables", goal,
 			verdict{ReasonNoNodes, "No node that is Ready matches the node selector disk=ssd", 0, 0}},
 		{"only dead nodes", []*node{dead}, "NFTables", goal,
 			verdict{ReasonNoNodes, "No node that is Ready matches the node selector disk=ssd", 0, 0}},
 		{"a dead node does not block", []*node{holding("a", "100", "90"), dead}, "NFTables", goal,
-			verdict{ReasonProgrammed, "All 1 nodes hold this generation", 1, 1}},
+			verdict{ReasonProgrammed, "1 of 1 nodes hold this generation", 1, 1}},
 		{"one revision short of the assignment", []*node{holding("a", "99", "90"), holding("b", "100", "90")}, "NFTables", goal,
 			verdict{ReasonWaitingForNodes, "1 of 2 nodes hold this generation; waiting for a (behind)", 2, 1}},
 		{"one revision short of the slices", []*node{holding("a", "100", "89")}, "NFTables", goal,
@@ -63,7 +63,7 @@ func TestEvaluate(t *testing.T) {
 		{"a mode that an agent does not know", []*node{holding("a", "100", "90", ebpf)}, "Userspace", goal,
 			verdict{ReasonModeUnsupported, "Proxy mode Userspace is not available on a (its agent does not know this mode; it can do no mode)", 1, 0}},
 		{"a dead node's mode does not matter", []*node{{name: "dead", modes: []v1alpha1.NodeProxyMode{ebpf}}, holding("b", "100", "90")}, "EBPF", goal,
-			verdict{ReasonProgrammed, "All 1 nodes hold this generation", 1, 1}},
+			verdict{ReasonProgrammed, "1 of 1 nodes hold this generation", 1, 1}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got := evaluate(selection{"disk=ssd", tc.mode, tc.nodes}, survey(tc.nodes, tc.mode), tc.goal)
