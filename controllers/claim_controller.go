@@ -31,7 +31,7 @@ func (r *claimReconciler) setup(mgr ctrl.Manager) error {
 		For(&v1alpha1.AllocationClaim{}).
 		Watches(&networkingv1.IPAddress{}, handler.EnqueueRequestsFromMapFunc(claimOfReservation)).
 		WatchesRawSource(wakeups{r.ledger, nil}).
-		Complete(r)
+		Complete(retryConflicts{r})
 }
 
 // claimOfReservation names the claim that a reservation of ours belongs to.

@@ -37,7 +37,7 @@ func (r *policyReconciler) setup(mgr ctrl.Manager) error {
 	return ctrl.NewControllerManagedBy(mgr).Named("policy").
 		For(&v1alpha1.ServiceProxyPolicy{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		WatchesRawSource(wakeups{r.ledger, func(q queue) { r.ledger.policyQueue = q }}).
-		Complete(r)
+		Complete(retryConflicts{r})
 }
 
 // Reconcile registers what the policy declares, gives up what it no longer declares, and writes its status.

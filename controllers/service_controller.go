@@ -66,11 +66,11 @@ func (r *serviceReconciler) setup(mgr ctrl.Manager) error {
 	changed := predicate.Or[client.Object](predicate.GenerationChangedPredicate{}, predicate.Not[client.Object](predicate.ResourceVersionChangedPredicate{}))
 	return ctrl.NewControllerManagedBy(mgr).Named("service").
 		For(&corev1.Service{}).
-		Owns(&v1alpha1.ServiceAssignment{}, builder.WithPredicates(changed)).
+		Watches(&v1alpha1.ServiceAssignment{}, &handler.EnqueueRequestForObject{}, builder.WithPredicates(changed)). // it has its Service's name
 		Watches(&corev1.Namespace{}, handler.EnqueueRequestsFromMapFunc(r.servicesOf), builder.WithPredicates(predicate.LabelChangedPredicate{})).
 		WatchesRawSource(wakeups{r.ledger, func(q queue) { r.ledger.serviceQueue = q }}).
 		WithOptions(controller.Options{MaxConcurrentReconciles: r.options.Workers}).
-		Complete(r)
+		Complete(retryConflicts{r})
 }
 
 func (r *serviceReconciler) servicesOf(ctx context.Context, namespace client.Object) (out []reconcile.Request) {

@@ -3,9 +3,12 @@ package controllers
 import (
 	"context"
 	"fmt"
+	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 )
 
 // SetupWithManager registers the reconcilers of policies, Services and claims. The manager's scheme must know v1alpha1 and client-go's types.
@@ -62,4 +65,19 @@ func (w wakeups) WaitForSync(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("ledger: %w", ctx.Err())
 	}
+}
+
+// retryConflicts tries again soon, without an error in the log, when a write was refused because the cache lagged: that is how optimistic
+// locking is meant to end.
+type retryConflicts struct{ reconcile.Reconciler }
+
+const conflictRetry = 50 * time.Millisecond
+
+func (r retryConflicts) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
+	result, err := r.Reconciler.Reconcile(ctx, req)
+	if apierrors.IsConflict(err) {
+		ctrl.LoggerFrom(ctx).V(1).Info("The cache lagged, trying again", "conflict", err.Error())
+		return ctrl.Result{RequeueAfter: conflictRetry}, nil
+	}
+	return result, err
 }
