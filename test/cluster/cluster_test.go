@@ -14,12 +14,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	. "github.com/onsi/gomega"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
@@ -31,6 +33,7 @@ const patience = 60 * time.Second
 const victimName = "CLUSTER_TEST_VICTIM"
 
 func TestMain(m *testing.M) {
+	ctrllog.SetLogger(logr.Discard()) // the client's library would warn that nobody had set one
 	if name := os.Getenv(victimName); name != "" {
 		if _, err := StartInterruptible(context.Background(), Options{Name: name}); err != nil {
 			fmt.Println(err)

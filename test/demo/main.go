@@ -20,6 +20,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-logr/logr"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
+
 	"github.com/serviceproxy/serviceproxy-operator/test/cluster"
 )
 
@@ -33,6 +36,7 @@ func main() {
 	keep := flag.Bool("keep", false, "leave the cluster up in the background when the story has been told")
 	down := flag.Bool("down", false, "end the cluster that --keep left")
 	flag.Parse()
+	ctrllog.SetLogger(logr.Discard()) // the client's library would warn, in the middle of the story, that nobody had set one
 	if flag.NArg() > 0 || *keep && *down {
 		fmt.Fprintln(os.Stderr, "usage: demo [--keep | --down]")
 		os.Exit(2)

@@ -146,7 +146,7 @@ func takeDown(ctx context.Context) error {
 func thingsToTry(out io.Writer, c *cluster.Cluster) {
 	fmt.Fprint(out, strings.NewReplacer(
 		"KUBECONFIG_PATH", c.Kubeconfig, "ASSETS", c.Assets, "LOGS", c.LogDir(),
-		"CLIENT1", c.Exec("demo.client-1"), "NODE1", c.Exec("node1"), "OUTSIDE", c.Exec("outside"),
+		"exec CLIENT", "exec "+c.Exec(namespace+".client-1"), "exec NODE", "exec "+c.Exec("node1"), "exec OUTSIDE", "exec "+c.Exec("outside"),
 	).Replace(`
 The cluster stays up. Things to try:
 
@@ -155,7 +155,7 @@ The cluster stays up. Things to try:
     kubectl explain serviceproxypolicy.spec
 
   call the orange Service from a pod on NODE1, as often as you like:
-    ip netns exec CLIENT1 curl -s http://10.99.13.178/
+    ip netns exec CLIENT curl -s http://10.99.13.178/
 
   call the purple node port from outside, through each node:
     for n in 11 12 13; do ip netns exec OUTSIDE curl -s http://172.30.0.$n:30080/; done
@@ -166,8 +166,8 @@ The cluster stays up. Things to try:
     kubectl -n demo scale deployment orange --replicas=10
 
   see, and break, what the agent on NODE1 programmed; it repairs it:
-    ip netns exec NODE1 nft list ruleset
-    ip netns exec NODE1 nft flush ruleset
+    ip netns exec NODE nft list ruleset
+    ip netns exec NODE nft flush ruleset
 
   logs:
     ls LOGS
