@@ -1,7 +1,7 @@
 // Package nfnl speaks nf_tables over netlink: it encodes transactions, sends them, reads tables back and watches for changes.
 //
 // It knows the kernel's messages and nothing about services. Encoding appends to one buffer, so that a transaction costs neither
-// an allocation per object nor a process; see docs/adr/0002-own-netlink-encoder.md.
+// an allocation per object nor a process; see docs/adr/0008-own-netlink-encoder.md.
 package nfnl
 
 import (
