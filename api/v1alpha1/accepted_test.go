@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	. "github.com/onsi/ginkgo/v2"
@@ -171,5 +172,22 @@ var _ = Describe("the samples", func() {
 			Expect(yaml.UnmarshalStrict(text, &sample.Object)).To(Succeed(), file)
 			Expect(c.Create(ctx, sample, client.DryRunAll, client.FieldValidation(metav1.FieldValidationStrict))).To(Succeed(), file)
 		}
+	})
+
+	It("of the README is accepted, and what it says about refusal is true", func(ctx context.Context) {
+		readme, err := os.ReadFile("../../README.md")
+		Expect(err).NotTo(HaveOccurred())
+		_, text, found := strings.Cut(string(readme), "```yaml\n")
+		Expect(found).To(BeTrue())
+		text, _, _ = strings.Cut(text, "```")
+		policy := &unstructured.Unstructured{}
+		Expect(yaml.UnmarshalStrict([]byte(text), &policy.Object)).To(Succeed())
+		Expect(c.Create(ctx, policy, client.DryRunAll, client.FieldValidation(metav1.FieldValidationStrict))).To(Succeed())
+
+		Expect(unstructured.SetNestedSlice(policy.Object, []any{map[string]any{"cidr": "10.99.13.0/16"}}, "spec", "serviceRanges")).To(Succeed())
+		err = c.Create(ctx, policy, client.DryRunAll)
+		Expect(err).To(MatchError(ContainSubstring("is invalid: ")))
+		_, refusal, _ := strings.Cut(err.Error(), "is invalid: ")
+		Expect(string(readme)).To(ContainSubstring(`The ServiceProxyPolicy "tenant-a" is invalid: ` + refusal))
 	})
 })
