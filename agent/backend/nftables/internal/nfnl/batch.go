@@ -390,7 +390,7 @@ var messageNames = [...]string{
 
 func describeMessage(msg []byte) string {
 	typ := binary.NativeEndian.Uint16(msg[4:])
-	if typ>>8 != unix.NFNL_SUBSYS_NFTABLES {
+	if typ>>8 != unix.NFNL_SUBSYS_NFTABLES || len(msg) < unix.SizeofNlMsghdr+sizeofNfgenmsg {
 		return "transaction"
 	}
 	name := "message"
