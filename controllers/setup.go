@@ -57,6 +57,8 @@ func (w wakeups) Start(_ context.Context, q queue) error {
 	return nil
 }
 
+func (wakeups) String() string { return "ledger" }
+
 // WaitForSync returns when the ledger has seen everything that existed when it started.
 func (w wakeups) WaitForSync(ctx context.Context) error {
 	select {
