@@ -2,7 +2,7 @@
 // so, and reports what the kernel holds.
 //
 //	sources → store (compact, what changed) → loop: compile → a dataplane per proxy mode → kernel
-//	                                            ↘ reporter → NodeProxyState; health, metrics
+//	                                            ↘ reporter → NodeProxyState; conntrack; health, metrics
 //
 // Start, failure, repair and a change of mode are one code path: a dataplane wants a state and holds another, or holds an unknown one.
 // Nothing is programmed before every source has delivered its first list, nothing is taken away because a source fails, and
@@ -19,8 +19,12 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/vishvananda/netlink"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
 // Config is what an agent needs to run.
@@ -33,6 +37,8 @@ type Config struct {
 	API *rest.Config
 	// Modes is the table of backends.
 	Modes []Mode
+	// Conntrack is the node's connection tracking, where UDP flows to endpoints that are gone are ended. nil: they are left to themselves.
+	Conntrack *netlink.Handle
 	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics. nil: not served. Run closes them.
 	Health, Metrics net.Listener
 	Log             logr.Logger
@@ -57,10 +63,15 @@ func Run(ctx context.Context, c Config) error {
 	}
 
 	s := newStore()
-	m := newMetrics(s)
+	flows := conntrack.New(c.Log.WithName("conntrack"))
+	changed := func(prev, next *forwarding.Service) {}
+	if c.Conntrack != nil {
+		changed = flows.Changed
+	}
+	m := newMetrics(s, flows.Ended)
 	h := newHealth(s, m)
 	r := newReporter(c.Log.WithName("report"), c.Version, clients.writer(c.NodeName))
-	l := newLoop(c.Log, s, c.Modes, m, h, r.publish)
+	l := newLoop(c.Log, s, c.Modes, m, h, changed, r.publish)
 
 	serve(ctx, &running, fail, "health", c.Health, h.handler())
 	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())
@@ -69,6 +80,9 @@ func Run(ctx context.Context, c Config) error {
 		running.Go(func() { reflector.RunWithContext(klog.NewContext(ctx, c.Log.WithName("watch"))) })
 	}
 	running.Go(func() { r.run(ctx) })
+	if c.Conntrack != nil {
+		running.Go(func() { flows.Run(ctx, c.Conntrack) })
+	}
 
 	c.Log.Info("Started", "node", c.NodeName, "version", c.Version)
 	err = l.run(ctx)

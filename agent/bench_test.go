@@ -31,7 +31,7 @@ func BenchmarkChange(b *testing.B) {
 				Probe:   func(context.Context) error { return nil },
 				New:     func() (backend.Backend, error) { return noKernel{}, nil },
 				Cleanup: func(context.Context) error { return nil },
-			}}, r.loop.metrics, r.loop.health, func(Report) {})
+			}}, r.loop.metrics, r.loop.health, func(_, _ *forwarding.Service) {}, func(Report) {})
 			var assignments, slices []any
 			names := make([]string, size)
 			for i := range size {

@@ -47,6 +47,10 @@ type dataplane struct {
 	want    forwarding.State
 	// applied is what the kernel holds as far as is known: nil if that is unknown.
 	applied *forwarding.State
+	// settled is what the last successful Apply established; unlike applied it outlives failures.
+	settled forwarding.State
+	// changed is told what a successful Apply changed.
+	changed func(prev, next *forwarding.Service)
 	// leaving are services in want that another mode takes over; they go when that one holds them.
 	leaving map[forwarding.ServiceKey]struct{}
 	// cleaned says that nothing of an earlier run is left although there is no backend.
@@ -113,7 +117,10 @@ func (d *dataplane) apply(ctx context.Context, nudge func()) error {
 	if err := d.backend.Apply(ctx, d.applied, next); err != nil {
 		return err
 	}
-	d.applied = &next
+	for c := range forwarding.Changes(d.settled, next) {
+		d.changed(c.Prev, c.Next)
+	}
+	d.applied, d.settled = &next, next
 	return nil
 }
 

@@ -56,7 +56,8 @@ type loop struct {
 	lastPass       time.Time
 }
 
-func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, report func(Report)) *loop {
+// newLoop makes a loop. changed is told what a kernel holds in the place of what, report what became of every pass.
+func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, changed func(prev, next *forwarding.Service), report func(Report)) *loop {
 	l := &loop{
 		log: log, store: s, metrics: m, health: h, report: report,
 		nudged:    make(chan struct{}, 1),
@@ -64,8 +65,14 @@ func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, rep
 		frontends: newFrontends(),
 		unserved:  map[types.NamespacedName]struct{}{},
 	}
+	tell := func(prev, next *forwarding.Service) {
+		if next == nil && slices.ContainsFunc(l.planes, func(d *dataplane) bool { return d.want.Get(prev.Key) != nil }) {
+			return // it only left one mode for another
+		}
+		changed(prev, next)
+	}
 	for _, mode := range table {
-		l.planes = append(l.planes, &dataplane{Mode: mode, log: log, leaving: map[forwarding.ServiceKey]struct{}{}})
+		l.planes = append(l.planes, &dataplane{Mode: mode, log: log, changed: tell, leaving: map[forwarding.ServiceKey]struct{}{}})
 	}
 	return l
 }

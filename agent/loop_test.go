@@ -46,6 +46,7 @@ type rig struct {
 	mu      sync.Mutex
 	reports []Report
 	logged  []string
+	changed []forwarding.Change
 	version int // the last resourceVersion
 }
 
@@ -72,13 +73,20 @@ func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
 			r.nodes = source.store.(*reflectorStore[compile.Node])
 		}
 	}
-	m := newMetrics(r.store)
-	r.loop = newLoop(log, r.store, table, m, newHealth(r.store, m), func(report Report) {
+	m := newMetrics(r.store, func() uint64 { return 0 })
+	r.loop = newLoop(log, r.store, table, m, newHealth(r.store, m), r.noteChange, func(report Report) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.reports = append(r.reports, report)
 	})
 	return r
+}
+
+// noteChange keeps what the kernel is said to have changed.
+func (r *rig) noteChange(prev, next *forwarding.Service) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.changed = append(r.changed, forwarding.Change{Prev: prev, Next: next})
 }
 
 // run starts the loop and gives the function that stops it.
@@ -371,7 +379,12 @@ func TestFailureAndRecovery(t *testing.T) {
 		}
 
 		nft.failNext(0)
+		changed := len(r.changed)
 		time.Sleep(2 * retryMax)
+		// Whoever follows what the kernel changed learns what it held before the failures.
+		if len(r.changed) != changed+1 || r.changed[changed].Prev.Internal.Endpoints[0].AddrPort.String() != "10.1.0.1:8080" {
+			t.Errorf("told of %d changes after the recovery, want one, from 10.1.0.1", len(r.changed)-changed)
+		}
 		expect(t, "kernel", endpointsIn(nft, "web"), "of 10.1.0.2")
 		if got := r.report(); got.Held.EndpointSlices != mark || got.Reason != "" {
 			t.Errorf("after it: %+v, want mark %s", got, mark)
@@ -539,6 +552,9 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		expect(t, "old mode", endpointsIn(nft, "web"), "")
 		expect(t, "new mode", endpointsIn(ipvs, "web"), "of 10.1.0.2")
 		expect(t, "other Service", endpointsIn(nft, "stays"), "of")
+		if slices.ContainsFunc(r.changed, func(c forwarding.Change) bool { return c.Next == nil }) {
+			t.Error("a Service that changed its mode counts as gone: its flows would be ended")
+		}
 
 		// There and back before the new mode is programmed, then away for good.
 		nft.failNext(3)
@@ -559,6 +575,9 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		time.Sleep(time.Second)
 		if nft.len() != 1 || ipvs.len() != 0 {
 			t.Errorf("a Service that went during a switch is left: %d and %d", nft.len(), ipvs.len())
+		}
+		if !slices.ContainsFunc(r.changed, func(c forwarding.Change) bool { return c.Next == nil }) {
+			t.Error("a Service that is gone does not count as gone")
 		}
 	})
 }

@@ -36,7 +36,7 @@ type counted struct {
 
 const metricsPrefix = "serviceproxy_agent_"
 
-func newMetrics(s *store) *metrics {
+func newMetrics(s *store, flowsEnded func() uint64) *metrics {
 	m := &metrics{registry: prometheus.NewRegistry(), counted: map[*dataplane]counted{}}
 	counter := func(name, help string) prometheus.Counter {
 		return prometheus.NewCounter(prometheus.CounterOpts{Name: metricsPrefix + name, Help: help})
@@ -80,7 +80,11 @@ func newMetrics(s *store) *metrics {
 		pending("sync_proxy_rules_endpoint_changes_pending", "Changes of EndpointSlices received and not taken up.", func() int {
 			_, endpoints, _ := s.pending()
 			return endpoints
-		}))
+		}),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: metricsPrefix + "conntrack_reconciler_deleted_entries_total",
+			Help: "UDP flows ended because they led to endpoints which are gone.",
+		}, func() float64 { return float64(flowsEnded()) }))
 	return m
 }
 

@@ -17,6 +17,8 @@ import (
 	"syscall"
 
 	"github.com/go-logr/logr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
@@ -102,6 +104,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	flows, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err != nil {
+		log.Error(err, "No access to connection tracking: UDP flows to endpoints that are gone end only when their clients rest")
+		flows = nil
+	}
 	health, err := listen("--health-bind-address", o.healthAddress)
 	if err != nil {
 		return err
@@ -111,7 +118,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	return agent.Run(ctx, agent.Config{
-		NodeName: o.nodeName, Version: versionOf(), API: api, Modes: modes, Health: health, Metrics: metrics, Log: log,
+		NodeName: o.nodeName, Version: versionOf(), API: api, Modes: modes, Conntrack: flows, Health: health, Metrics: metrics, Log: log,
 	})
 }
 
