@@ -88,7 +88,9 @@ type Cluster struct {
 	config  *rest.Config
 	log     *slog.Logger
 	logFile *os.File
-	build   func() (string, error) // gives the folder of our programs
+
+	build     func() (string, error) // gives the folder of our programs
+	stopBuild func()                 // and waits
 
 	stopKubelets context.CancelFunc
 	kubelets     sync.WaitGroup
@@ -199,6 +201,7 @@ func (c *Cluster) close() error {
 		errs = append(errs, c.plane.Stop())
 	}
 	if c.spawner != nil {
+		c.stopBuild()
 		c.spawner.Close()
 	}
 	for _, n := range c.Nodes {

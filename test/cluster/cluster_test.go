@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 func TestCluster(t *testing.T) {
 	netns.RequireRoot(t)
 	before := machine(t)
-	c := StartT(t, Options{Nodes: 2})
+	c := StartT(t, Options{Nodes: 2, NodeMonitorGracePeriod: 15 * time.Second})
 	g := NewWithT(t)
 	g.Expect(machine(t)).To(Equal(before), "the cluster changed the machine's own network")
 	web := newWeb()
@@ -69,6 +69,7 @@ func TestCluster(t *testing.T) {
 		{"a node turns NotReady and back", testNodeReady},
 		{"a killed run is cleaned up by the next and beside this one", testKilledRun},
 		{"a terminated run leaves nothing", testTerminatedRun},
+		{"a node loses its power", testPowerOff},
 	} {
 		t.Run(s.what, func(t *testing.T) { s.test(t, c, web) })
 	}
@@ -275,18 +276,27 @@ func testNodeReady(t *testing.T, c *Cluster, w workload) {
 	g := NewWithT(t)
 	for _, ready := range []corev1.ConditionStatus{corev1.ConditionFalse, corev1.ConditionTrue} {
 		g.Expect(c.Node("node2").SetReady(t.Context(), ready == corev1.ConditionTrue)).To(Succeed())
-		g.Eventually(func() corev1.ConditionStatus {
-			var node corev1.Node
-			g.Expect(c.Client().Get(t.Context(), client.ObjectKey{Name: "node2"}, &node)).To(Succeed())
-			for _, cond := range node.Status.Conditions {
-				if cond.Type == corev1.NodeReady {
-					return cond.Status
-				}
-			}
-			return "missing"
-		}).WithTimeout(patience).Should(Equal(ready))
+		g.Eventually(func() corev1.ConditionStatus { return nodeReady(t, c, "node2") }).WithTimeout(patience).Should(Equal(ready))
 	}
 	w.running(t, c, 4) // the controller manager may have marked them not ready meanwhile
+}
+
+func testPowerOff(t *testing.T, c *Cluster, w workload) {
+	g := NewWithT(t)
+	var pod corev1.Pod
+	for _, p := range w.running(t, c, 4) {
+		if p.Spec.NodeName == "node2" {
+			pod = p
+		}
+	}
+	g.Expect(c.Node("node2").PowerOff()).To(Succeed())
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	_, err := Call(ctx, c.Nodes[0].NS, "tcp", netip.AddrPortFrom(netip.MustParseAddr(pod.Status.PodIP), 8080))
+	g.Expect(err).To(MatchError(os.ErrDeadlineExceeded), "a dead node's pods must not even refuse")
+	g.Eventually(func() corev1.ConditionStatus { return nodeReady(t, c, "node2") }).WithTimeout(patience).
+		Should(Equal(corev1.ConditionUnknown))
+	g.Expect(nodeReady(t, c, "node1")).To(Equal(corev1.ConditionTrue))
 }
 
 func testKilledRun(t *testing.T, c *Cluster, w workload) {

@@ -118,6 +118,19 @@ func (w workload) setReady(t *testing.T, c *Cluster, pod *corev1.Pod, ready bool
 	NewWithT(t).Expect(c.Client().Patch(t.Context(), pod, client.RawPatch("application/merge-patch+json", []byte(patch)))).To(Succeed())
 }
 
+// nodeReady gives a node's Ready condition.
+func nodeReady(t *testing.T, c *Cluster, name string) corev1.ConditionStatus {
+	t.Helper()
+	var node corev1.Node
+	NewWithT(t).Expect(c.Client().Get(t.Context(), client.ObjectKey{Name: name}, &node)).To(Succeed())
+	for _, cond := range node.Status.Conditions {
+		if cond.Type == corev1.NodeReady {
+			return cond.Status
+		}
+	}
+	return "missing"
+}
+
 // machine describes the machine's own network, which no cluster may change.
 func machine(t *testing.T) string {
 	t.Helper()

@@ -77,7 +77,12 @@ func (c *Cluster) prepare(ctx context.Context) (err error) {
 	}
 	c.log = slog.New(slog.NewTextHandler(c.logFile, nil))
 	c.spawner = process.NewSpawner()
-	c.build = sync.OnceValues(c.buildPrograms)
+	building, stop := context.WithCancel(context.Background())
+	c.build = sync.OnceValues(func() (string, error) { return c.buildPrograms(building) })
+	c.stopBuild = func() {
+		stop()
+		c.build() //nolint:errcheck // nobody waits for it any more; it ends before the folder goes
+	}
 	if c.options.Proxy {
 		go c.build() //nolint:errcheck // it is asked again, and answers the same
 	}
@@ -100,11 +105,14 @@ func (c *Cluster) kubernetesTools(ctx context.Context) (string, error) {
 }
 
 // buildPrograms builds the controller and the agent from this checkout.
-func (c *Cluster) buildPrograms() (string, error) {
+func (c *Cluster) buildPrograms(ctx context.Context) (string, error) {
+	if ctx.Err() != nil {
+		return "", errors.New("the cluster is closed")
+	}
 	bin := filepath.Join(c.Dir, "bin")
 	cmd := exec.Command("go", "build", "-o", bin+"/", "./cmd/controller", "./cmd/agent")
 	cmd.Dir = c.root
-	if out, err := cmd.CombinedOutput(); err != nil {
+	if out, err := c.spawner.Run(ctx, cmd); err != nil {
 		return "", fmt.Errorf("build the controller and the agent: %w\n%s", err, out)
 	}
 	return bin, nil

@@ -159,7 +159,8 @@ func (cp *ControlPlane) etcdArgs(peer string) []string {
 func (cp *ControlPlane) apiServerArgs() []string {
 	return []string{
 		"--etcd-servers=" + cp.etcd,
-		"--bind-address=127.0.0.1", "--secure-port=" + strconv.Itoa(cp.port),
+		// The address to advertise would else be that of the machine's default route, and without one the API server would not start.
+		"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--secure-port=" + strconv.Itoa(cp.port),
 		"--tls-cert-file=" + cp.pki("apiserver.crt"), "--tls-private-key-file=" + cp.pki("apiserver.key"),
 		"--client-ca-file=" + cp.pki("ca.crt"),
 		"--service-account-issuer=https://kubernetes.default.svc",

@@ -69,6 +69,27 @@ func (s *Spawner) start(cmd *exec.Cmd, ns *netns.NS) (err error) {
 	}
 }
 
+// Run runs a program that ends by itself and gives its output. When the context ends it is killed, with its children.
+func (s *Spawner) Run(ctx context.Context, cmd *exec.Cmd) ([]byte, error) {
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	cmd.WaitDelay = time.Second // a grandchild that holds our pipe shall not hold us
+	if err := s.start(cmd, nil); err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() {
+		// It may have ended just now.
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) //nolint:errcheck
+	})
+	defer stop()
+	err := cmd.Wait()
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return out.Bytes(), err
+}
+
 // Spec says what a Process runs.
 type Spec struct {
 	// Name is used in messages.
@@ -146,6 +167,9 @@ func (p *Process) Start(ctx context.Context) error {
 		return fmt.Errorf("start %s: %w", p.spec.Name, err)
 	}
 	if err := p.awaitReady(ctx, r); err != nil {
+		if errors.Is(ctx.Err(), context.Canceled) { // who interrupts does not want to read logs
+			return errors.Join(fmt.Errorf("start %s: %w", p.spec.Name, context.Cause(ctx)), p.Kill())
+		}
 		return errors.Join(fmt.Errorf("start %s: %w\n%s", p.spec.Name, err, p.Tail(15)), p.Kill())
 	}
 	return nil
