@@ -47,15 +47,15 @@ func main() {
 	flag.StringVar(&o.agent, "agent", "bin/serviceproxy-agent", "the agent to measure")
 	flag.StringVar(&o.keepLogs, "logs", "", "folder for the proxies' logs (default: a temporary one, removed at the end)")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
+	if err := run(o); err != nil {
 		fmt.Fprintln(os.Stderr, "scale:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, o options) error {
+func run(o options) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: it makes network namespaces and programs their kernel")
 	}

@@ -279,7 +279,7 @@ func (p *process) cpu() (time.Duration, error) {
 	return total, nil
 }
 
-// cpuOf is the time of a process and of its ended children.
+// cpuOf is the time of a process, which the kernel tells to the nanosecond, and of its ended children, which it tells in ticks.
 func cpuOf(pid string) (time.Duration, error) {
 	b, err := os.ReadFile("/proc/" + pid + "/stat")
 	if err != nil {
@@ -291,14 +291,23 @@ func cpuOf(pid string) (time.Duration, error) {
 		return 0, fmt.Errorf("/proc/%s/stat has only %d fields", pid, len(fields))
 	}
 	var ticks int64
-	for _, f := range fields[11:15] { // utime, stime, cutime, cstime
+	for _, f := range fields[13:15] { // cutime, cstime
 		n, err := strconv.ParseInt(f, 10, 64)
 		if err != nil {
 			return 0, err
 		}
 		ticks += n
 	}
-	return time.Duration(ticks) * (time.Second / 100), nil // USER_HZ is 100 on every Linux that Go runs on
+	id, err := strconv.Atoi(pid)
+	if err != nil {
+		return 0, err
+	}
+	var own unix.Timespec
+	const cpuClockSched = 2 // clock_getcpuclockid(3): a process's clock is ~pid<<3 | 2
+	if err := unix.ClockGettime(int32(^id<<3|cpuClockSched), &own); err != nil {
+		return 0, err
+	}
+	return time.Duration(own.Nano()) + time.Duration(ticks)*(time.Second/100), nil // USER_HZ is 100 wherever Go runs on Linux
 }
 
 // children gives the process ids of the living children, nil if there are none or the process has ended.
