@@ -18,7 +18,7 @@ const tries = 24
 type masquerade uint8
 
 const (
-	masqueradeNone masquerade = iota
+	_ masquerade = iota // nobody: the zero value
 	// masqueradeAll is for external traffic, whose answers must come back through this node.
 	masqueradeAll
 	// masqueradeNode is for external traffic that keeps the client's address: only this node's own traffic is masqueraded,

@@ -103,6 +103,7 @@ func TestNoDriftOfOthers(t *testing.T) {
 	prev := everything()
 	next := state()
 	apply(t, b, &prev, next)
+	apply(t, b, &next, benchState(3000)) // enough for notifications to be off meanwhile
 	nft(t, ns, "table ip other { chain c { counter; }; }", "-f", "-")
 	select {
 	case <-b.Drifted():

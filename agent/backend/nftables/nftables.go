@@ -190,7 +190,12 @@ type job struct {
 }
 
 func (j *job) run(ctx context.Context) (err error) {
-	defer func() { err = errors.Join(err, j.resume()) }()
+	defer func() {
+		err = errors.Join(err, j.resume())
+		if !j.tx.dry {
+			j.tx.shrink()
+		}
+	}()
 	for _, c := range j.changes {
 		if c.Next != nil {
 			j.each(func(m *mirror) { m.claim(c.Next) })

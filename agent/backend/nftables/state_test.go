@@ -30,7 +30,7 @@ func contentOf(f *family, front *frontend) frontendContent {
 	var list []string
 	for i := range f.slotCount(front.slots) {
 		if s := f.slot(front.slots, i); !empty(s) {
-			list = append(list, fmt.Sprintf("%x", []byte(s)))
+			list = append(list, fmt.Sprintf("%x", s))
 		}
 	}
 	slices.Sort(list)

@@ -29,6 +29,14 @@ func (t *transaction) reset() {
 	t.whole, t.drifts = false, nil
 }
 
+// shrink empties it and lets go of big buffers.
+func (t *transaction) shrink() {
+	t.reset()
+	t.new.Shrink()
+	t.now.Shrink()
+	t.late.Shrink()
+}
+
 func (t *transaction) size() int { return t.new.Size() + t.now.Size() + t.late.Size() }
 
 func (t *transaction) note(table nfnl.Table, kind, name, problem string) {

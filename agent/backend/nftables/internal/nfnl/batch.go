@@ -83,13 +83,18 @@ type Batch struct {
 	last int
 }
 
-// Reset empties the batch.
-func (b *Batch) Reset() {
-	buf := b.buf[:0]
-	if cap(buf) > 16<<20 { // one huge load must not keep its memory for good
-		buf = nil
+// Reset empties the batch and keeps its buffer.
+func (b *Batch) Reset() { *b = Batch{buf: b.buf[:0], setID: b.setID} }
+
+// keepBuffer bounds the buffers that are kept between transactions: one big load must not hold its memory for good.
+const keepBuffer = 256 << 10
+
+// Shrink empties the batch and lets go of a big buffer.
+func (b *Batch) Shrink() {
+	b.Reset()
+	if cap(b.buf) > keepBuffer {
+		b.buf = nil
 	}
-	*b = Batch{buf: buf, setID: b.setID}
 }
 
 // Size gives the bytes encoded so far.

@@ -99,7 +99,7 @@ func (c *Conn) transact(b *Batch, generation uint32, commit bool) error {
 		return fmt.Errorf("send %d bytes to nf_tables: %w", len(c.frame), err)
 	}
 	err := c.answer(first, last)
-	if cap(c.frame) > 16<<20 {
+	if cap(c.frame) > keepBuffer {
 		c.frame = nil
 	}
 	return err

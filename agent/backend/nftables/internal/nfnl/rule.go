@@ -89,8 +89,10 @@ func (r *Rule) FibType(dst Reg, flag uint32) *Rule {
 	})
 }
 
-// Equal goes on if the register holds v, NotEqual if it does not.
-func (r *Rule) Equal(src Reg, v []byte) *Rule    { return r.cmp(src, unix.NFT_CMP_EQ, v) }
+// Equal goes on if the register holds v.
+func (r *Rule) Equal(src Reg, v []byte) *Rule { return r.cmp(src, unix.NFT_CMP_EQ, v) }
+
+// NotEqual goes on if the register does not hold v.
 func (r *Rule) NotEqual(src Reg, v []byte) *Rule { return r.cmp(src, unix.NFT_CMP_NEQ, v) }
 
 func (r *Rule) cmp(src Reg, op uint32, v []byte) *Rule {
@@ -169,8 +171,10 @@ func (r *Rule) Masquerade() *Rule {
 	return r.expr("masq", func(b []byte) []byte { return appendU32(b, unix.NFTA_MASQ_FLAGS, fullyRandom) })
 }
 
-// Reset answers with a TCP reset, Unreachable with ICMP port unreachable of the family; both discard the packet.
+// Reset discards the packet and answers with a TCP reset.
 func (r *Rule) Reset() *Rule { return r.reject(unix.NFT_REJECT_TCP_RST, 0) }
+
+// Unreachable discards the packet and answers with ICMP port unreachable of the family.
 func (r *Rule) Unreachable(family Family) *Rule {
 	if family == unix.NFPROTO_IPV6 {
 		return r.reject(unix.NFT_REJECT_ICMP_UNREACH, 4) // ICMPV6_PORT_UNREACH
