@@ -29,13 +29,24 @@ var errDead = errors.New("the controller is dead")
 // dyingClient performs n writes and fails every later one, as if the process had been killed between two of them.
 func dyingClient(n int64, died *atomic.Bool) func(client.Client) client.Client {
 	var writes atomic.Int64
-	alive := func() error {
+	return beforeWrites(func() error {
 		if writes.Add(1) > n {
 			died.Store(true)
 			return errDead
 		}
 		return nil
-	}
+	})
+}
+
+// writeCounter counts writes.
+type writeCounter struct{ atomic.Int64 }
+
+func (w *writeCounter) count(inner client.Client) client.Client {
+	return beforeWrites(func() error { w.Add(1); return nil })(inner)
+}
+
+// beforeWrites calls alive before every write, which happens only if alive says nil.
+func beforeWrites(alive func() error) func(client.Client) client.Client {
 	return func(inner client.Client) client.Client {
 		return interceptor.NewClient(watchless{inner}, interceptor.Funcs{
 			Create: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.CreateOption) error {

@@ -196,6 +196,11 @@ func (t *tenant) clean() {
 	}).WithTimeout(40 * time.Second).WithPolling(100 * time.Millisecond).Should(Succeed())
 }
 
+// wide is a /16 that no other spec has.
+func (t *tenant) wide() netip.Prefix {
+	return netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", 210+tenants%40))
+}
+
 func (t *tenant) reservations() []networkingv1.IPAddress {
 	GinkgoHelper()
 	var list networkingv1.IPAddressList
