@@ -240,9 +240,9 @@ func TestNothingBeforeEverySourceHasDelivered(t *testing.T) {
 		defer r.run()()
 		nft := r.modes[0]
 		r.must(r.assignments.Replace([]any{newAssignment("web", "10.99.0.1")}, "5"))
-		time.Sleep(time.Minute)
+		pause(time.Minute)
 		r.must(r.slices.Replace([]any{newSlice("web", "10.1.0.1")}, "6"))
-		time.Sleep(time.Minute)
+		pause(time.Minute)
 		if n, _ := nft.counts(); n != 0 || len(r.reports) != 0 || nft.cleanups != 0 {
 			t.Fatalf("%d applies, %d reports, %d clean-ups before the node is known", n, len(r.reports), nft.cleanups)
 		}
@@ -276,7 +276,7 @@ func TestOnlyWhatChangedIsProgrammed(t *testing.T) {
 		r.put(web)
 		sliceMark := r.put(newSlice("stranger", "10.1.0.9"))
 		r.put(newNode("a"))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if n, _ := nft.counts(); n != before {
 			t.Errorf("%d applies for nothing", n-before)
 		}
@@ -286,7 +286,7 @@ func TestOnlyWhatChangedIsProgrammed(t *testing.T) {
 
 		web.Endpoints = newSlice("web", "10.1.0.1", "10.1.0.2").Endpoints
 		r.put(web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "kernel", endpointsIn(nft, "web"), "of 10.1.0.1 10.1.0.2")
 		if n, full := nft.counts(); n != before+1 || full != 1 {
 			t.Errorf("%d applies, %d of them full, want one more than %d and 1", n, full, before)
@@ -297,17 +297,17 @@ func TestOnlyWhatChangedIsProgrammed(t *testing.T) {
 			web.Endpoints[i].Hints = &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: string(rune('a' + i))}}}
 		}
 		r.put(web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "zone a", endpointsIn(nft, "web"), "of 10.1.0.1")
 		r.put(newNode("b"))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "zone b", endpointsIn(nft, "web"), "of 10.1.0.2")
 
 		r.remove(web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "no slice", endpointsIn(nft, "web"), "of")
 		mark := r.remove(assigned)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "no Service", endpointsIn(nft, "web"), "")
 		if got := r.report(); got.Held.Assignments != mark || got.Services != 0 || got.Endpoints != 0 {
 			t.Errorf("report: %+v, want mark %s and nothing forwarded", got, mark)
@@ -322,7 +322,7 @@ func TestBurstsAreFolded(t *testing.T) {
 		nft := r.modes[0]
 		web := newSlice("web")
 		r.sync(newAssignment("web", "10.99.0.1"), web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		before, _ := nft.counts()
 		start := time.Now()
 		web.Endpoints = newSlice("web", "10.1.0.1").Endpoints
@@ -334,9 +334,9 @@ func TestBurstsAreFolded(t *testing.T) {
 		for i := range 1000 { // one second
 			web.Endpoints = newSlice("web", fmt.Sprintf("10.1.%d.%d", i/250, 1+i%250)).Endpoints
 			r.put(web)
-			time.Sleep(time.Millisecond)
+			pause(time.Millisecond)
 		}
-		time.Sleep(minInterval)
+		pause(minInterval)
 		if n, _ := nft.counts(); n-before > int(time.Second/minInterval)+2 {
 			t.Errorf("%d applies for a burst of a second", n-before)
 		}
@@ -357,14 +357,14 @@ func TestFailureAndRecovery(t *testing.T) {
 		nft.failNext(1000)
 		web.Endpoints = newSlice("web", "10.1.0.2").Endpoints
 		mark := r.put(web)
-		time.Sleep(59 * time.Second)
+		pause(59 * time.Second)
 		if got := r.report(); got.Held != held || got.Reason != "ApplyFailed" || !strings.Contains(got.Message, errKernel.Error()) {
 			t.Errorf("while it fails: %+v, want marks %v", got, held)
 		}
 		if code := probe(r, "/healthz"); code != http.StatusOK {
 			t.Errorf("/healthz is %d within the time allowed", code)
 		}
-		time.Sleep(2 * time.Second)
+		pause(2 * time.Second)
 		for _, path := range []string{"/healthz", "/livez", "/readyz"} {
 			if code := probe(r, path); code != http.StatusServiceUnavailable {
 				t.Errorf("%s is %d after a minute", path, code)
@@ -380,7 +380,7 @@ func TestFailureAndRecovery(t *testing.T) {
 
 		nft.failNext(0)
 		changed := len(r.changed)
-		time.Sleep(2 * retryMax)
+		pause(2 * retryMax)
 		// Whoever follows what the kernel changed learns what it held before the failures.
 		if len(r.changed) != changed+1 || r.changed[changed].Prev.Internal.Endpoints[0].AddrPort.String() != "10.1.0.1:8080" {
 			t.Errorf("told of %d changes after the recovery, want one, from 10.1.0.1", len(r.changed)-changed)
@@ -427,7 +427,7 @@ func TestHealthBeforeTheFirstSync(t *testing.T) {
 		if probe(r, "/healthz") != 200 || probe(r, "/livez") != 200 || probe(r, "/readyz") != 503 {
 			t.Error("an agent that just started must be healthy, live and not ready")
 		}
-		time.Sleep(2 * time.Minute) // no API server: a restart would not help, but new traffic should go elsewhere
+		pause(2 * time.Minute) // no API server: a restart would not help, but new traffic should go elsewhere
 		if probe(r, "/healthz") != 503 || probe(r, "/livez") != 200 || probe(r, "/readyz") != 503 {
 			t.Error("an agent that waits for the API server must be unhealthy and live")
 		}
@@ -442,12 +442,12 @@ func TestNodeThatGoesAwayIsUnhealthyAndForwardsOn(t *testing.T) {
 		n := newNode("a")
 		n.Spec.Taints = []corev1.Taint{{Key: "ToBeDeletedByClusterAutoscaler"}}
 		r.put(n)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if probe(r, "/healthz") != 503 || probe(r, "/livez") != 200 {
 			t.Error("a node that is about to go must be unhealthy and live")
 		}
 		r.must(r.nodes.Replace(nil, r.next()))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if probe(r, "/healthz") != 503 || probe(r, "/livez") != 200 {
 			t.Error("a node that is gone must be unhealthy and live")
 		}
@@ -461,10 +461,10 @@ func TestDriftIsRepairedWithinASecond(t *testing.T) {
 		defer r.run()()
 		nft := r.modes[0]
 		r.sync(newAssignment("web", "10.99.0.1"), newSlice("web", "10.1.0.1"))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		for i := range 10 {
 			nft.flush()
-			time.Sleep(900 * time.Millisecond)
+			pause(900 * time.Millisecond)
 			expect(t, fmt.Sprintf("repair %d", i), endpointsIn(nft, "web"), "of 10.1.0.1")
 		}
 		if got := r.report().DriftRepairs; got != 10 {
@@ -478,7 +478,7 @@ func TestDriftIsRepairedWithinASecond(t *testing.T) {
 		}
 		_, full := nft.counts()
 		nft.signal() // a false alarm: nothing differs
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if _, now := nft.counts(); now != full || r.report().DriftRepairs != 10 {
 			t.Error("a false alarm was repaired")
 		}
@@ -493,7 +493,7 @@ func TestRelistAfterOutage(t *testing.T) {
 		nft := r.modes[0]
 		r.sync(newAssignment("same", "10.99.0.1"), newAssignment("moved", "10.99.0.2"), newAssignment("gone", "10.99.0.3"),
 			newSlice("same", "10.1.0.1"), newSlice("moved", "10.1.0.2"), newSlice("gone", "10.1.0.3"))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		same, applies := nft.get("same"), nft.applies
 		r.must(r.assignments.Replace([]any{newAssignment("same", "10.99.0.1"), newAssignment("moved", "10.99.0.2"), newAssignment("new", "10.99.0.4")}, "900"))
 		r.must(r.slices.Replace([]any{newSlice("same", "10.1.0.1"), newSlice("moved", "10.1.0.22"), newSlice("new", "10.1.0.4")}, "901"))
@@ -501,7 +501,7 @@ func TestRelistAfterOutage(t *testing.T) {
 		if services != 2 || endpoints != 3 {
 			t.Errorf("%d Services and %d slices count as changed, want 2 and 3", services, endpoints)
 		}
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if nft.get("same") != same {
 			t.Error("what is the same was programmed again")
 		}
@@ -529,7 +529,7 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		web, slice := newAssignment("web", "10.99.0.1"), newSlice("web", "10.1.0.1")
 		defer r.run()()
 		r.sync(web, slice, newAssignment("stays", "10.99.0.2"))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		nft.beforeReturn, ipvs.beforeReturn = watch, watch
 		if ipvs.made != 0 || ipvs.cleanups != 1 {
 			t.Errorf("a mode that nothing uses: made %d times, cleaned up %d times, want 0 and 1", ipvs.made, ipvs.cleanups)
@@ -542,13 +542,13 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 			return r.put(web)
 		}
 		switchTo(v1alpha1.ProxyModeIPVS)
-		time.Sleep(10 * time.Millisecond)
+		pause(10 * time.Millisecond)
 		expect(t, "old mode while the new one fails", endpointsIn(nft, "web"), "of 10.1.0.1")
 		slice.Endpoints = newSlice("web", "10.1.0.2").Endpoints
 		r.put(slice)
-		time.Sleep(10 * time.Millisecond)
+		pause(10 * time.Millisecond)
 		expect(t, "old mode while the new one fails, new endpoints", endpointsIn(nft, "web"), "of 10.1.0.2")
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "old mode", endpointsIn(nft, "web"), "")
 		expect(t, "new mode", endpointsIn(ipvs, "web"), "of 10.1.0.2")
 		expect(t, "other Service", endpointsIn(nft, "stays"), "of")
@@ -559,9 +559,9 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		// There and back before the new mode is programmed, then away for good.
 		nft.failNext(3)
 		switchTo(v1alpha1.ProxyModeNFTables)
-		time.Sleep(10 * time.Millisecond)
+		pause(10 * time.Millisecond)
 		switchTo(v1alpha1.ProxyModeIPVS)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "old mode", endpointsIn(nft, "web"), "")
 		expect(t, "new mode", endpointsIn(ipvs, "web"), "of 10.1.0.2")
 		if got := services(r.report(), v1alpha1.ProxyModeIPVS); got != 1 {
@@ -570,9 +570,9 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		nft.beforeReturn, ipvs.beforeReturn = nil, nil
 		nft.failNext(3)
 		switchTo(v1alpha1.ProxyModeNFTables)
-		time.Sleep(10 * time.Millisecond)
+		pause(10 * time.Millisecond)
 		r.remove(web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if nft.len() != 1 || ipvs.len() != 0 {
 			t.Errorf("a Service that went during a switch is left: %d and %d", nft.len(), ipvs.len())
 		}
@@ -597,7 +597,7 @@ func TestModeThatTheNodeCannotDo(t *testing.T) {
 		defer r.run()()
 		slice := newSlice("served", "10.1.0.1")
 		r.sync(served, never, unknown, slice)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		got := r.report()
 		if got.Reason != "ModeUnavailable" || got.Services != 1 {
 			t.Errorf("report: %+v", got)
@@ -616,11 +616,11 @@ func TestModeThatTheNodeCannotDo(t *testing.T) {
 		r.put(served)
 		slice.Endpoints = newSlice("served", "10.1.0.2").Endpoints
 		r.put(slice)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "a Service that was served goes on in its old mode", endpointsIn(nft, "served"), "of 10.1.0.2")
 
 		ipvs.setMissing(nil) // modprobe ip_vs
-		time.Sleep(reprobeEvery + time.Second)
+		pause(reprobeEvery + time.Second)
 		expect(t, "old mode", endpointsIn(nft, "served"), "")
 		expect(t, "new mode", endpointsIn(ipvs, "served"), "of 10.1.0.2")
 		expect(t, "new mode", endpointsIn(ipvs, "never"), "of")
@@ -648,11 +648,11 @@ func TestTwoServicesClaimOneAddress(t *testing.T) {
 			return strings.Join(out, " ")
 		}
 		r.sync(young) // first come is not first served
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "alone", external("young"), "203.0.113.1 203.0.113.2")
 		r.put(old)
 		r.put(thief)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "the older one", external("old"), "203.0.113.1")
 		expect(t, "the younger one", external("young"), "203.0.113.2")
 		expect(t, "the thief", external("thief"), "")
@@ -663,7 +663,7 @@ func TestTwoServicesClaimOneAddress(t *testing.T) {
 		applies, _ := nft.counts()
 		for i := range 5 {
 			r.put(newSlice("young", fmt.Sprintf("10.1.0.%d", i+1)))
-			time.Sleep(time.Second)
+			pause(time.Second)
 		}
 		if n := r.logs("Two Services claim"); n != before || before != 2 {
 			t.Errorf("logged %d and then %d times, want 2", before, n)
@@ -673,14 +673,14 @@ func TestTwoServicesClaimOneAddress(t *testing.T) {
 		}
 		expect(t, "the younger one", external("young"), "203.0.113.2")
 		r.remove(old)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "the heir", external("young"), "203.0.113.1 203.0.113.2")
 		if len(r.loop.frontends.rivals) != 1 {
 			t.Errorf("%d contested frontends are left, want the thief's", len(r.loop.frontends.rivals))
 		}
 		r.remove(young)
 		r.remove(thief)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if len(r.loop.frontends.rivals)+len(r.loop.frontends.holder)+len(r.loop.programs) != 0 {
 			t.Error("something is left of Services that are gone")
 		}
@@ -708,7 +708,7 @@ func TestBadObjectsAreNamedAndTheRestGoesOn(t *testing.T) {
 		bad := newAssignment("web", "10.99.0.1")
 		bad.Spec.ExternalIPs = []string{"not-an-ip"}
 		r.sync(bad, newSlice("web", "10.1.0.300", "10.1.0.1"))
-		time.Sleep(time.Second)
+		pause(time.Second)
 		expect(t, "kernel", endpointsIn(r.modes[0], "web"), "of 10.1.0.1")
 		for _, want := range []string{`"object"="shop/web"`, `"field"="spec.externalIPs[0]"`, `"value"="not-an-ip"`, `"kind"="EndpointSlice"`, `"value"="10.1.0.300"`} {
 			if r.logs(want) != 1 {
@@ -745,13 +745,13 @@ func TestNetworkProgrammingIsMeasured(t *testing.T) {
 		}
 		web.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: time.Now().Add(-time.Hour).Format(time.RFC3339Nano)}
 		r.sync(newAssignment("web", "10.99.0.1"), web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		web.Endpoints = newSlice("web", "10.1.0.2").Endpoints
 		trigger()
-		time.Sleep(3 * time.Second) // on its way
+		pause(3 * time.Second) // on its way
 		r.modes[0].failNext(1)
 		r.put(web)
-		time.Sleep(time.Second)
+		pause(time.Second)
 		if got := metric(r, "sync_proxy_rules_endpoint_changes_total").GetCounter().GetValue(); got != 2 {
 			t.Errorf("%v changes are counted, want 2", got)
 		}
@@ -760,4 +760,10 @@ func TestNetworkProgrammingIsMeasured(t *testing.T) {
 			t.Errorf("%d samples of %v s in all, want one of a little over 3 s, counted once the kernel held it", h.GetSampleCount(), h.GetSampleSum())
 		}
 	})
+}
+
+// pause lets time pass and everything come to rest. The Wait also orders what the loop did before what the test does next.
+func pause(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
 }

@@ -86,9 +86,9 @@ func TestOneWritePerIntervalOfTheNewest(t *testing.T) {
 		r.replace([]*object[v1alpha1.NodeProxyState]{nodeState("a", interval)}, "1")
 		for i := range 1000 { // 100 s of changes
 			r.publish(held(string(rune('0' + i%10))))
-			time.Sleep(100 * time.Millisecond)
+			pause(100 * time.Millisecond)
 		}
-		time.Sleep(interval)
+		pause(interval)
 		if n := w.count(); n < 5 || n > 6 {
 			t.Errorf("%d writes in 100 s with an interval of 20 s", n)
 		}
@@ -106,7 +106,7 @@ func TestOneWritePerIntervalOfTheNewest(t *testing.T) {
 		}
 		n := w.count()
 		r.publish(*r.latest)
-		time.Sleep(10 * interval)
+		pause(10 * interval)
 		if w.count() != n {
 			t.Error("wrote although nothing changed")
 		}
@@ -125,12 +125,12 @@ func TestNodesDoNotWriteAtOnce(t *testing.T) {
 			r.publish(held("1"))
 			reporters, all = append(reporters, r), append(all, w)
 		}
-		time.Sleep(time.Minute)
+		pause(time.Minute)
 		change := time.Now()
 		for _, r := range reporters {
 			r.publish(held("2"))
 		}
-		time.Sleep(interval)
+		pause(interval)
 		synctest.Wait()
 		var bySecond [10]int
 		for _, w := range all {
@@ -150,32 +150,32 @@ func TestNoObjectNoWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := startReporter(t)
 		r.publish(held("1"))
-		time.Sleep(time.Hour)
+		pause(time.Hour)
 		if w.count() != 0 {
 			t.Fatal("wrote to an object that does not exist")
 		}
 		r.put(nodeState("a", time.Second))
-		time.Sleep(2 * time.Second)
+		pause(2 * time.Second)
 		if w.count() != 1 {
 			t.Fatalf("%d writes once the object exists, want 1", w.count())
 		}
 		// Deleted and made again, by a Node that was: the new one knows nothing.
 		r.remove(types.NamespacedName{}, "")
 		r.put(nodeState("b", time.Second))
-		time.Sleep(2 * time.Second)
+		pause(2 * time.Second)
 		if w.count() != 2 {
 			t.Fatalf("%d writes after the object was made again, want 2", w.count())
 		}
 		// Deleted while we write.
 		w.setErr(apierrors.NewNotFound(schema.GroupResource{Resource: "nodeproxystates"}, thisNode))
 		r.publish(held("2"))
-		time.Sleep(time.Hour)
+		pause(time.Hour)
 		if w.count() != 3 {
 			t.Fatalf("%d writes to an object that is gone, want 1", w.count()-2)
 		}
 		w.setErr(nil)
 		r.put(nodeState("c", time.Second))
-		time.Sleep(2 * time.Second)
+		pause(2 * time.Second)
 		if got := w.last(t); got.AssignmentRevision != "2" {
 			t.Errorf("wrote %+v", got)
 		}
@@ -188,12 +188,12 @@ func TestFailedWritesAreTriedAgain(t *testing.T) {
 		r.put(nodeState("a", 200*time.Millisecond))
 		w.setErr(errors.New("connection refused"))
 		r.publish(held("1"))
-		time.Sleep(10 * time.Minute)
+		pause(10 * time.Minute)
 		if n := w.count(); n < 20 || n > 40 {
 			t.Errorf("%d tries in ten minutes", n)
 		}
 		w.setErr(nil)
-		time.Sleep(writeRetryMax + time.Second)
+		pause(writeRetryMax + time.Second)
 		if got := w.last(t); got.AssignmentRevision != "1" {
 			t.Errorf("wrote %+v", got)
 		}
@@ -208,14 +208,14 @@ func TestNotReady(t *testing.T) {
 		o.value.Status.Conditions = []metav1.Condition{{Type: v1alpha1.NodeProxyReady, Status: metav1.ConditionTrue, Reason: "Programmed", LastTransitionTime: longAgo}}
 		r.put(o)
 		r.publish(held("1"))
-		time.Sleep(2 * time.Second)
+		pause(2 * time.Second)
 		if got := w.last(t).Conditions[0]; got.Status != metav1.ConditionTrue || !got.LastTransitionTime.Equal(&longAgo) {
 			t.Errorf("a restart of the agent counts as a transition: %+v", got)
 		}
 		bad := held("1")
 		bad.Reason, bad.Message = "ApplyFailed", string(make([]byte, 5000))
 		r.publish(bad)
-		time.Sleep(2 * time.Second)
+		pause(2 * time.Second)
 		if got := w.last(t).Conditions[0]; got.Status != metav1.ConditionFalse || got.Reason != "ApplyFailed" || len(got.Message) != 1024 || got.LastTransitionTime.Equal(&longAgo) {
 			t.Errorf("condition: %+v", got)
 		}
