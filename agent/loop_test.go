@@ -89,6 +89,12 @@ func (r *rig) noteChange(prev, next *forwarding.Service) {
 	r.changed = append(r.changed, forwarding.Change{Prev: prev, Next: next})
 }
 
+func (r *rig) changes() []forwarding.Change {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.changed)
+}
+
 // run starts the loop and gives the function that stops it.
 func (r *rig) run() (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -379,11 +385,11 @@ func TestFailureAndRecovery(t *testing.T) {
 		}
 
 		nft.failNext(0)
-		changed := len(r.changed)
+		changed := len(r.changes())
 		pause(2 * retryMax)
 		// Whoever follows what the kernel changed learns what it held before the failures.
-		if len(r.changed) != changed+1 || r.changed[changed].Prev.Internal.Endpoints[0].AddrPort.String() != "10.1.0.1:8080" {
-			t.Errorf("told of %d changes after the recovery, want one, from 10.1.0.1", len(r.changed)-changed)
+		if got := r.changes(); len(got) != changed+1 || got[changed].Prev.Internal.Endpoints[0].AddrPort.String() != "10.1.0.1:8080" {
+			t.Errorf("told of %d changes after the recovery, want one, from 10.1.0.1", len(r.changes())-changed)
 		}
 		expect(t, "kernel", endpointsIn(nft, "web"), "of 10.1.0.2")
 		if got := r.report(); got.Held.EndpointSlices != mark || got.Reason != "" {
@@ -552,7 +558,7 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		expect(t, "old mode", endpointsIn(nft, "web"), "")
 		expect(t, "new mode", endpointsIn(ipvs, "web"), "of 10.1.0.2")
 		expect(t, "other Service", endpointsIn(nft, "stays"), "of")
-		if slices.ContainsFunc(r.changed, func(c forwarding.Change) bool { return c.Next == nil }) {
+		if slices.ContainsFunc(r.changes(), func(c forwarding.Change) bool { return c.Next == nil }) {
 			t.Error("a Service that changed its mode counts as gone: its flows would be ended")
 		}
 
@@ -576,7 +582,7 @@ func TestModeSwitchIsMakeBeforeBreak(t *testing.T) {
 		if nft.len() != 1 || ipvs.len() != 0 {
 			t.Errorf("a Service that went during a switch is left: %d and %d", nft.len(), ipvs.len())
 		}
-		if !slices.ContainsFunc(r.changed, func(c forwarding.Change) bool { return c.Next == nil }) {
+		if !slices.ContainsFunc(r.changes(), func(c forwarding.Change) bool { return c.Next == nil }) {
 			t.Error("a Service that is gone does not count as gone")
 		}
 	})
