@@ -33,6 +33,7 @@ func awaitDrift(t *testing.T, b *Backend) {
 
 // TestDrift: whatever someone else does to our table is signalled, named by Verify, and repaired by Apply with a nil state.
 func TestDrift(t *testing.T) {
+	allowed := gate{families[0].sourcesOf(someRanges), balancer{size: 2, masq: masqueradeAll}}.name()
 	const element = "ip serviceproxy services.0 { 10.99.0.1 . tcp . 80 . %s }"
 	for _, c := range []struct {
 		name, nft string
@@ -51,6 +52,10 @@ func TestDrift(t *testing.T) {
 		{"service IP", "flush set ip serviceproxy service-ips", []string{"ip serviceproxy set service-ips element 10.99.0.1: missing"}},
 		{"foreign hairpin", "add element ip serviceproxy hairpin { 10.0.0.1 . 10.0.0.2 . tcp . 1 }", []string{"ip serviceproxy set hairpin element 10.0.0.1 . 10.0.0.2 . tcp . 1: unexpected"}},
 		{"rule", "flush chain ip serviceproxy postrouting", []string{"ip serviceproxy chain postrouting: differs: its rules are others"}},
+		{"source ranges flushed", "flush chain ip serviceproxy " + allowed, []string{"ip serviceproxy chain " + allowed + ": differs: its rules are others"}},
+		{"another source range", "insert rule ip serviceproxy " + allowed + " accept", []string{"ip serviceproxy chain " + allowed + ": differs: its rules are others"}},
+		{"source ranges passed by", "delete element ip serviceproxy services { 198.51.100.7 . udp . 80 }; add element ip serviceproxy services { 198.51.100.7 . udp . 80 : goto services.0-random-2-masq }",
+			[]string{"ip serviceproxy map services element 198.51.100.7 . udp . 80: differs: another verdict"}},
 		{"foreign rule", "insert rule ip serviceproxy services.0-hash-4-offmasq accept", []string{"ip serviceproxy chain services.0-hash-4-offmasq: differs: its rules are others"}},
 		{"foreign chains", "add chain ip serviceproxy a; add chain ip serviceproxy b; add rule ip serviceproxy a jump b; add rule ip serviceproxy b tcp dport 1 counter",
 			[]string{"ip serviceproxy chain a: unexpected", "ip serviceproxy chain b: unexpected"}},

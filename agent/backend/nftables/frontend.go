@@ -25,6 +25,9 @@ type want struct {
 	masq   masquerade
 	// nodePorts are the addresses of the door's class, of both families.
 	nodePorts []netip.Prefix
+	// sources are who may use it, and ranges what they are, of both families.
+	sources sources
+	ranges  []netip.Prefix
 }
 
 // member is an entry of a plain set: a service IP, or a hairpin entry of an endpoint.
@@ -58,12 +61,20 @@ func (f *family) wants(to []want, s *forwarding.Service, offCluster bool) []want
 		w.masq = masqueradeNode
 	}
 	w.target = &s.External
+	var allowed sources
+	if len(s.SourceRanges) > 0 {
+		allowed = f.sourcesOf(s.SourceRanges)
+	}
 	for _, a := range s.ExternalIPs {
 		if f.is(a) && !slices.Contains(s.ServiceIPs, a) {
-			w.key.addr = addr16(a)
+			w.key.addr, w.sources, w.ranges = addr16(a), sources{}, nil
+			if len(s.SourceRanges) > 0 && slices.Contains(s.LoadBalancerIPs, a) {
+				w.sources, w.ranges = allowed, s.SourceRanges
+			}
 			to = appendBoth(to, w, s)
 		}
 	}
+	w.sources, w.ranges = sources{}, nil
 	if s.NodePort == 0 {
 		return to
 	}

@@ -29,6 +29,7 @@ type mirror struct {
 	strays    []stray
 	doors     map[door]*doorState
 	balancers map[balancer]int // → frontends that use it
+	gates     map[gate]*gateState
 	fronts    map[frontKey]*frontend
 	// rivals are services that want a frontend that another one has: the first by key has it.
 	rivals     map[frontKey][]forwarding.ServiceKey
@@ -85,14 +86,15 @@ type frontend struct {
 	owner    forwarding.ServiceKey
 	claimed  bool
 	action   action
-	balancer balancer // if action is balance
-	shard    *shard   // nil if slots is empty
+	balancer balancer   // if action is balance
+	gate     *gateState // nil if everybody may use it
+	shard    *shard     // nil if slots is empty
 	slots    slots
 }
 
 func newMirror(f *family, clusterCIDRs []netip.Prefix) *mirror {
 	m := &mirror{
-		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{},
+		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{},
 		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
 	}
 	for _, p := range clusterCIDRs {
@@ -349,7 +351,7 @@ func (m *mirror) place(f *frontend, w *want) {
 		if w.target.Action == forwarding.Drop {
 			a = drop
 		}
-		m.setVerdict(w.key, f, a, balancer{})
+		m.setVerdict(w, f, a, balancer{})
 		m.setSlots(w.key, f, nil)
 		m.leaveShard(f)
 		return
@@ -359,7 +361,7 @@ func (m *mirror) place(f *frontend, w *want) {
 		m.enterShard(f, w.key.door, n)
 	}
 	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size))
-	m.setVerdict(w.key, f, balance, balancer{w.key.door, f.shard.index, w.hash, size, w.masq})
+	m.setVerdict(w, f, balance, balancer{w.key.door, f.shard.index, w.hash, size, w.masq})
 }
 
 // remove takes a frontend away.
@@ -397,37 +399,57 @@ func (m *mirror) setSlots(key frontKey, f *frontend, next slots) {
 	f.slots = next
 }
 
-// setVerdict gives a frontend its verdict and makes the chain that it leads to.
-func (m *mirror) setVerdict(key frontKey, f *frontend, a action, b balancer) {
-	if f.action == a && f.balancer == b {
+// setVerdict gives a frontend its verdict and makes the chains that it leads to.
+func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
+	if a == balance && m.balancers[b] == 0 {
+		m.provideChain(chain{name: b.name(), rules: b.rules(m.family)})
+	}
+	var gs *gateState
+	if w.sources != (sources{}) && a != drop {
+		gs = m.gate(gate{w.sources, b})
+		m.build(gs, w.ranges)
+	}
+	if f.action == a && f.balancer == b && f.gate == gs {
 		return
 	}
 	v := nfnl.Verdict{Code: nfnl.Goto, Chain: chainRefuse}
-	switch a {
-	case drop:
+	switch {
+	case gs != nil:
+		v.Chain = gs.name()
+	case a == drop:
 		v = nfnl.Verdict{Code: nfnl.Drop}
-	case balance:
+	case a == balance:
 		v.Chain = b.name()
-		if m.balancers[b] == 0 {
-			c := chain{name: v.Chain, rules: b.rules(m.family)}
-			if _, exists := m.chains[c.name]; !exists {
-				m.tx.addChain(m.table(), c)
-				m.chains[c.name] = nil
-			}
-			m.ensureChain(c)
-		}
+	}
+	if a == balance {
 		m.balancers[b]++
 	}
-	m.tx.setVerdict(m.doors[key.door].set, m.doorKey(key), v, f.action != absent)
+	if gs != nil {
+		gs.uses++
+	}
+	m.tx.setVerdict(m.doors[w.key.door].set, m.doorKey(w.key), v, f.action != absent)
 	m.unref(f)
-	f.action, f.balancer = a, b
+	f.action, f.balancer, f.gate = a, b, gs
 }
 
-// unref lets go of the balancer that a frontend used.
+// provideChain makes a chain that may be new be there with exactly these rules.
+func (m *mirror) provideChain(c chain) {
+	if _, exists := m.chains[c.name]; !exists {
+		m.tx.addChain(m.table(), c)
+		m.chains[c.name] = nil
+	}
+	m.ensureChain(c)
+}
+
+// unref lets go of the chains that a frontend's verdict used.
 func (m *mirror) unref(f *frontend) {
 	if f.action == balance {
 		m.balancers[f.balancer]--
 		m.garbage = m.garbage || m.balancers[f.balancer] == 0
+	}
+	if f.gate != nil {
+		f.gate.uses--
+		m.garbage = m.garbage || f.gate.uses == 0
 	}
 }
 
@@ -519,6 +541,11 @@ func (m *mirror) collect() {
 			delete(m.balancers, b)
 		}
 	}
+	for g, gs := range m.gates {
+		if gs.uses == 0 {
+			delete(m.gates, g)
+		}
+	}
 	for d, ds := range m.doors {
 		for i, s := range ds.shards {
 			if s.fronts == 0 {
@@ -552,6 +579,9 @@ func (m *mirror) collectChains() {
 	}
 	for b := range m.balancers {
 		used[b.name()] = true
+	}
+	for g := range m.gates {
+		used[g.name()] = true
 	}
 	var unused []string
 	for name := range m.chains {

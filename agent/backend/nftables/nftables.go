@@ -382,6 +382,8 @@ func (f *family) sample(batch *nfnl.Batch) {
 			chains = append(chains, chain{name: b.name(), rules: b.rules(f)})
 		}
 	}
+	g := gate{sources: sources{1}}
+	chains = append(chains, chain{name: g.name(), rules: g.rules(f, []netip.Prefix{f.loopback})})
 	batch.AddTable(t)
 	for _, s := range sets {
 		s.Table = t

@@ -198,11 +198,16 @@ func (m *mirror) adoptVerdict(d door, e nfnl.Element) {
 		return
 	}
 	f := m.adopted(k)
-	b, isBalancer := parseBalancer(e.Verdict.Chain)
+	target := e.Verdict.Chain
+	g, isGate := parseGate(target)
+	if isGate {
+		target = g.target()
+	}
+	b, isBalancer := parseBalancer(target)
 	switch {
 	case e.Verdict.Code == nfnl.Drop:
 		f.action = drop
-	case e.Verdict.Code == nfnl.Goto && e.Verdict.Chain == chainRefuse:
+	case e.Verdict.Code == nfnl.Goto && target == chainRefuse:
 		f.action = refuse
 	case e.Verdict.Code == nfnl.Goto && isBalancer && b.door == d && b.size <= maxSlot:
 		f.action, f.balancer = balance, b
@@ -210,6 +215,11 @@ func (m *mirror) adoptVerdict(d door, e nfnl.Element) {
 		m.grow(f, b.size)
 	default:
 		f.action = unknown
+		return
+	}
+	if isGate {
+		f.gate = m.gate(g)
+		f.gate.uses++
 	}
 }
 

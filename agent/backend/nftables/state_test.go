@@ -23,6 +23,7 @@ type frontendContent struct {
 	hash      bool
 	masq      masquerade
 	endpoints string
+	sources   sources
 }
 
 func contentOf(f *family, front *frontend) frontendContent {
@@ -35,6 +36,9 @@ func contentOf(f *family, front *frontend) frontendContent {
 	}
 	slices.Sort(list)
 	c.endpoints = strings.Join(list, " ")
+	if front.gate != nil {
+		c.sources = front.gate.sources
+	}
 	return c
 }
 
@@ -48,6 +52,9 @@ func kernelContent(t rapidTB, b *Backend) map[string]frontendContent {
 		}
 		for key, front := range m.fronts {
 			content[fmt.Sprintf("%s %v", f.name, key)] = contentOf(f, front)
+			if front.gate != nil && (len(m.chains[front.gate.name()]) == 0 || front.gate.to != front.balancer) {
+				t.Fatalf("%s %v: gate %s before balancer %+v", f.name, key, front.gate.name(), front.balancer)
+			}
 			if front.action != balance {
 				continue
 			}
@@ -85,7 +92,7 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 	for _, svc := range all {
 		for _, f := range families {
 			for _, w := range f.wants(nil, svc, true) {
-				c := frontendContent{action: refuse}
+				c := frontendContent{action: refuse, sources: w.sources}
 				var list []string
 				for _, e := range w.target.Endpoints {
 					if f.is(e.AddrPort.Addr()) && w.target.Action == forwarding.Forward {
@@ -97,9 +104,9 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 				switch {
 				case len(list) > 0:
 					slices.Sort(list)
-					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " ")}
+					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " "), w.sources}
 				case w.target.Action == forwarding.Drop:
-					c.action = drop
+					c = frontendContent{action: drop}
 				}
 				content[fmt.Sprintf("%s %v", f.name, w.key)] = c
 			}
@@ -151,6 +158,14 @@ func drawState(t *rapid.T) forwarding.State {
 			}
 			if rapid.Bool().Draw(t, "external IP") { // services collide on it
 				svc.ExternalIPs = append(svc.ExternalIPs, externalIP.addr(family))
+				if rapid.Bool().Draw(t, "of a load balancer") {
+					svc.LoadBalancerIPs = append(svc.LoadBalancerIPs, externalIP.addr(family))
+				}
+			}
+		}
+		for _, p := range []string{"0.0.0.0/1", "10.0.0.0/8", "192.0.2.2/32", "2001:db8::/32", "fd00::/64"} {
+			if rapid.IntRange(0, 3).Draw(t, "range") == 0 {
+				svc.SourceRanges = append(svc.SourceRanges, netip.MustParsePrefix(p))
 			}
 		}
 		if rapid.Bool().Draw(t, "node port") {
@@ -224,6 +239,8 @@ func nft(t testing.TB, ns *netns.NS, input string, args ...string) string {
 	return out.String()
 }
 
+var someRanges = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/30"), netip.MustParsePrefix("2001:db8:1::/64")}
+
 // everything is a state in which each kind of rule occurs.
 func everything() forwarding.State {
 	var s forwarding.State
@@ -237,6 +254,7 @@ func everything() forwarding.State {
 				svc.Scheduler, svc.PreserveSource = forwarding.SourceHash, true
 				svc.External = forwarding.Target{Action: forwarding.Drop}
 			case 1:
+				svc.LoadBalancerIPs, svc.SourceRanges = svc.ExternalIPs, someRanges
 				svc.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("fd00::/15")}
 			case 2:
 				svc.Internal = forwarding.Target{}
@@ -257,6 +275,7 @@ func TestListedByNft(t *testing.T) {
 	for _, want := range []string{
 		"10.99.0.1 . tcp . 80 : goto services.0-hash-4-offmasq", "10.99.0.1 . udp . 80 . 2 : 10.244.1.12 . 8080",
 		"fd00:99::1 . tcp . 80 . 0 : fd00:244:1::10 . 8080", "10.99.0.1 . sctp . 80 : goto refuse",
+		"ip saddr 192.0.2.0/30 goto services.0-random-2-masq", "ip6 saddr 2001:db8:1::/64 goto services.0-random-2-masq",
 		"type nat hook prerouting priority dstnat - 5", "numgen random mod 4 map @services.0", "masquerade fully-random",
 	} {
 		if !strings.Contains(list, want) {
@@ -282,6 +301,13 @@ func TestNames(t *testing.T) {
 		if got, ok := parseBalancer(b.name()); !ok || got != b {
 			t.Fatalf("%s reads back as %+v (%v), want %+v", b.name(), got, ok, b)
 		}
+		g := gate{families[0].sourcesOf([]netip.Prefix{clusterCIDRs[rapid.IntRange(0, 1).Draw(t, "ranges")]}), b}
+		if rapid.Bool().Draw(t, "refuse") {
+			g.to = balancer{}
+		}
+		if got, ok := parseGate(g.name()); !ok || got != g {
+			t.Fatalf("%s reads back as %+v (%v), want %+v", g.name(), got, ok, g)
+		}
 		if d, i, ok := parseShard(shardName(b.door, b.shard)); !ok || d != b.door || i != b.shard {
 			t.Fatalf("%s reads back as %v %d", shardName(b.door, b.shard), d, i)
 		}
@@ -289,6 +315,12 @@ func TestNames(t *testing.T) {
 	for _, name := range []string{"", "refuse", "services", "services.0", "services.0-random-3", "services.0-first-2", "services.x-random-2", "nodeports-1.0-random-2", "services.0-random-2-other"} {
 		if b, ok := parseBalancer(name); ok {
 			t.Errorf("%q is taken for %+v", name, b)
+		}
+	}
+	id := strings.Repeat("0a", 16)
+	for _, name := range []string{"", "from-here", "from-", "from-" + id, "from-" + id + "-", "from-" + id + "-x", "from-0a-refuse", "from-" + strings.ToUpper(id) + "-refuse", "from-" + strings.Repeat("0", 32) + "-refuse"} {
+		if g, ok := parseGate(name); ok {
+			t.Errorf("%q is taken for %+v", name, g)
 		}
 	}
 }

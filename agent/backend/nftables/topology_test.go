@@ -162,7 +162,14 @@ func (t to) Write(p []byte) (int, error) { return t.WriteTo(p, t.addr) }
 
 // dial connects from a namespace, with the source address from unless it is the zero value.
 func dial(ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (net.Conn, error) {
-	d := net.Dialer{Timeout: 2 * time.Second}
+	return dialWithin(patience, ns, network, at, from)
+}
+
+// patience is how long an answer may take on a busy machine.
+const patience = 2 * time.Second
+
+func dialWithin(patience time.Duration, ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (net.Conn, error) {
+	d := net.Dialer{Timeout: patience}
 	if from.IsValid() {
 		if network == "udp" {
 			d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
@@ -178,12 +185,16 @@ func dial(ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (net
 
 // ask gives who answered and whom that one saw.
 func ask(ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (server, seen netip.AddrPort, err error) {
-	c, err := dial(ns, network, at, from)
+	return askWithin(patience, ns, network, at, from)
+}
+
+func askWithin(patience time.Duration, ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (server, seen netip.AddrPort, err error) {
+	c, err := dialWithin(patience, ns, network, at, from)
 	if err != nil {
 		return server, seen, err
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 		return server, seen, err
 	}
 	if network == "udp" {
