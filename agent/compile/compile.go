@@ -40,7 +40,7 @@ func service(a *Assignment, p *Port, slicesOf []*Slice, node *Node) *forwarding.
 		s.NodePortAddresses = a.NodePortAddresses.on(node)
 	}
 	if len(a.LoadBalancerIPs) > 0 {
-		s.LoadBalancerIPs, s.SourceRanges = a.LoadBalancerIPs, a.SourceRanges
+		s.LoadBalancerIPs, s.SourceRanges = a.LoadBalancerIPs, a.sourceRangesOn(node)
 	}
 	cluster, local := targets(candidates(p, slicesOf), node.Zone)
 	s.Internal = cluster
@@ -57,6 +57,27 @@ func service(a *Assignment, p *Port, slicesOf []*Slice, node *Node) *forwarding.
 		s.External, s.PreserveSource = local, true
 	}
 	return s
+}
+
+// sourceRangesOn gives the source ranges as a node uses them. If the node itself is in range, so are the load-balancer addresses of that family: where such an
+// address is one of the node's own too, the node's connections to it come from it. kube-proxy does the same.
+func (a *Assignment) sourceRangesOn(node *Node) []netip.Prefix {
+	var own [2]bool
+	for _, n := range node.Addresses {
+		if slices.ContainsFunc(a.SourceRanges, func(p netip.Prefix) bool { return p.Contains(n.Addr()) }) {
+			own[family(n.Addr())] = true
+		}
+	}
+	ranges := a.SourceRanges
+	for _, ip := range a.LoadBalancerIPs {
+		if own[family(ip)] {
+			ranges = append(ranges[:len(ranges):len(ranges)], netip.PrefixFrom(ip, ip.BitLen()))
+		}
+	}
+	if len(ranges) > len(a.SourceRanges) {
+		ranges = sorted(ranges, netip.Prefix.Compare)
+	}
+	return ranges
 }
 
 // candidate is an endpoint of one Service port with all that decides about it.

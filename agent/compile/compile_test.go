@@ -333,6 +333,28 @@ func TestSourceRanges(t *testing.T) {
 	}
 }
 
+// A node that is in range may use a load-balancer address that is its own too; then it is the source as well.
+func TestSourceRangesOfNode(t *testing.T) {
+	for _, tc := range []struct{ name, ranges, want string }{
+		{"neither", "198.51.100.0/24 2001:db8:9::/48", "198.51.100.0/24 2001:db8:9::/48"},
+		{"IPv4", "198.51.100.0/24 192.168.0.0/16 2001:db8:9::/48", "192.168.0.0/16 198.51.100.0/24 203.0.113.7/32 2001:db8:9::/48"},
+		{"IPv6", "198.51.100.0/24 fd00:1::/64", "198.51.100.0/24 2001:db8::7/128 fd00:1::/64"},
+	} {
+		a := parsedAssignment(t, assignment(func(s *v1alpha1.ServiceAssignmentSpec) {
+			s.LoadBalancerIPs, s.LoadBalancerSourceRanges = []string{"203.0.113.7", "2001:db8::7"}, strings.Fields(tc.ranges)
+		}))
+		before := slices.Clone(a.SourceRanges)
+		for range 2 {
+			if got := Services(a, nil, node(""))[0].SourceRanges; !slices.Equal(got, prefixes(strings.Fields(tc.want)...)) {
+				t.Errorf("%s: %v, want %s", tc.name, got, tc.want)
+			}
+		}
+		if !slices.Equal(a.SourceRanges, before) {
+			t.Errorf("%s: the assignment's own ranges became %v", tc.name, a.SourceRanges)
+		}
+	}
+}
+
 func TestNothingToReachItBy(t *testing.T) {
 	a := parsedAssignment(t, assignment(func(s *v1alpha1.ServiceAssignmentSpec) { s.ServiceIPs = nil }))
 	if got := Services(a, nil, node("")); len(got) != 0 {
