@@ -55,9 +55,8 @@ func TestMarksNeverExceedTheKernel(t *testing.T) {
 		}
 		now := history{map[string]*v1alpha1.ServiceAssignment{}, map[string]*discoveryv1.EndpointSlice{}}
 		at := map[Marks]history{}
-		received := Marks{}
 		r.sync()
-		received = Marks{"102", "103"}
+		received := Marks{"102", "103"}
 		at[received] = now.clone()
 		node, _ := compile.ParseNode(newNode("a"))
 		last := Marks{}

@@ -112,16 +112,6 @@ func (s *store) nodeLeaving() bool {
 	return s.node != nil && s.node.Leaving
 }
 
-// again marks services dirty that did not change, for the loop's own reasons.
-func (s *store) again(services []types.NamespacedName) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, name := range services {
-		s.dirty[name] = struct{}{}
-	}
-	s.signal()
-}
-
 func (s *store) signal() {
 	select {
 	case s.wake <- struct{}{}:

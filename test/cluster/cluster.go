@@ -234,7 +234,7 @@ func (c *Cluster) proxyProcesses() []*Process {
 func (c *Cluster) progress(format string, args ...any) {
 	if c.options.Progress != nil {
 		// Who does not want to see it does not hinder us.
-		fmt.Fprintf(c.options.Progress, format+"\n", args...) //nolint:errcheck
+		fmt.Fprintf(c.options.Progress, format+"\n", args...)
 	}
 }
 

@@ -354,8 +354,8 @@ func startVictim(t *testing.T, name string) (*exec.Cmd, []int) {
 	g.Expect(victim.Start()).To(Succeed())
 	t.Cleanup(func() {
 		if victim.ProcessState == nil {
-			victim.Process.Kill() //nolint:errcheck // the test has failed already
-			victim.Wait()         //nolint:errcheck
+			victim.Process.Kill() // the test has failed already
+			victim.Wait()
 		}
 	})
 	line, err := bufio.NewReader(stdout).ReadString('\n')

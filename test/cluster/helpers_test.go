@@ -196,7 +196,8 @@ func childrenOf(t *testing.T, pid int) (children []int) {
 		// PID (NAME) STATE PPID ...; a name may contain anything, even parentheses.
 		stat := string(b)
 		fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
-		child, err := strconv.Atoi(stat[:strings.Index(stat, " ")])
+		first, _, _ := strings.Cut(stat, " ")
+		child, err := strconv.Atoi(first)
 		if err == nil && fields[1] == strconv.Itoa(pid) {
 			children = append(children, child)
 		}

@@ -63,8 +63,8 @@ func (r *relay) carry(near net.Conn) {
 	for _, d := range []struct{ to, from net.Conn }{{far, near}, {near, far}} {
 		wg.Go(func() {
 			// However it ends, the other direction must learn of it; errors are the ends' own to see.
-			io.Copy(d.to, d.from)            //nolint:errcheck
-			d.to.(*net.TCPConn).CloseWrite() //nolint:errcheck
+			io.Copy(d.to, d.from)            //nolint:errcheck // either side may end the connection
+			d.to.(*net.TCPConn).CloseWrite() //nolint:errcheck // likewise
 		})
 	}
 	wg.Wait()

@@ -42,7 +42,6 @@ func main() {
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), cluster.Interrupts...)
-	defer stop()
 	ctx = endWithGoRun(ctx)
 
 	var err error
@@ -56,6 +55,7 @@ func main() {
 	default:
 		err = run(ctx, os.Stdout)
 	}
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)

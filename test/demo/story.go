@@ -114,7 +114,7 @@ func (s *story) services(ctx context.Context) error {
 	// Programmed means that traffic works, so the very first call from each node must.
 	for i := range s.c.Nodes {
 		if _, err := cluster.Call(ctx, s.client(i), "tcp", orange); err != nil {
-			return fmt.Errorf("Programmed, but the first call from %s failed: %w", nodeName(i), err)
+			return fmt.Errorf("the Service is Programmed, but the first call from %s failed: %w", nodeName(i), err)
 		}
 	}
 	s.good("the very first call from every node is answered")

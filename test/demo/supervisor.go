@@ -71,7 +71,7 @@ func supervise(ctx context.Context) error {
 	over := make(chan struct{})
 	go func() {
 		// It never gives a byte, only ends.
-		io.Copy(io.Discard, os.NewFile(watchFD, "watch")) //nolint:errcheck
+		io.Copy(io.Discard, os.NewFile(watchFD, "watch")) //nolint:errcheck // it ends when the other end does
 		select {
 		case <-over:
 		default:

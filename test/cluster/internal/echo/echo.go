@@ -119,8 +119,7 @@ func (s *Server) Close() {
 	s.mu.Lock()
 	for c := range s.conns {
 		if tcp, ok := c.(*net.TCPConn); ok {
-			// On error it is closed already.
-			tcp.SetLinger(0) //nolint:errcheck
+			tcp.SetLinger(0) //nolint:errcheck // on error it is closed already
 		}
 		c.Close()
 	}
@@ -227,8 +226,7 @@ func (s *Server) answerDatagrams(c *net.UDPConn, server netip.AddrPort) {
 			continue // an earlier answer was refused
 		}
 		client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
-		// A peer that is gone does not want its answer.
-		c.WriteToUDPAddrPort(s.answer(client, server, strings.TrimRight(string(buf[:n]), "\r\n")), client) //nolint:errcheck
+		c.WriteToUDPAddrPort(s.answer(client, server, strings.TrimRight(string(buf[:n]), "\r\n")), client) //nolint:errcheck // a peer that is gone does not want its answer
 	}
 }
 

@@ -79,8 +79,7 @@ func (s *Spawner) Run(ctx context.Context, cmd *exec.Cmd) ([]byte, error) {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() {
-		// It may have ended just now.
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) //nolint:errcheck
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) //nolint:errcheck // it may have ended just now
 	})
 	defer stop()
 	err := cmd.Wait()
