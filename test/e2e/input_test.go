@@ -20,6 +20,7 @@ var _ = Describe("bad input:", func() {
 		for _, tt := range []struct{ spec, want string }{
 			{"proxyMode: Magic", `spec.proxyMode: Unsupported value: "Magic": supported values: "NFTables", "IPTables", "IPVS", "Userspace", "EBPF"`},
 			{"nodePortRange: {start: 30100, end: 30000}", "start 30100 must not be greater than end 30000"},
+			{"nodePortRange: {start: 30000, end: 70000}", "spec.nodePortRange.end: Invalid value: 70000: spec.nodePortRange.end in body should be less than or equal to 65535"},
 			{"serviceRanges: [{cidr: 10.99.0.0/33}]", "must be a CIDR such as 10.99.0.0/16"},
 			{"serviceRanges: [{cidr: 10.99.0.0/16}, {cidr: 10.99.1.0/24}]", "10.99.1.0/24 lies inside another one"},
 			{"serviceRanges: [{cidr: 224.0.0.0/16}]", "must be unicast addresses that can be routed"},
@@ -181,6 +182,7 @@ var _ = Describe("bad input:", func() {
 
 		By("the policy is corrected")
 		patch(p, `{"spec":{"proxyMode":"NFTables"}}`)
+		Eventually(t.assignmentCondition("web", v1alpha1.AssignmentAllocated)).Should(HavePrefix("True"))
 		t.awaitProgrammed("web")
 		for _, from := range podCallers() {
 			call(from, "tcp", additional(t.assignment("web"))[0], 80)

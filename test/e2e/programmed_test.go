@@ -1,7 +1,11 @@
 package e2e
 
 import (
+	"context"
+	"fmt"
 	"net/netip"
+	"strings"
+	"sync"
 	"time"
 
 	. "github.com/onsi/ginkgo/v2"
@@ -53,8 +57,7 @@ var _ = Describe("kubectl wait --for=condition=Programmed", func() {
 		// The very first connections, with no second try.
 		for _, from := range append(calling, nodeCallers()...) {
 			for _, ip := range []netip.Addr{host(t.v4, 20), host(t.v6, 20)} {
-				_, err := cluster.Call(ctx, from.ns, "tcp", netip.AddrPortFrom(ip, 80))
-				Expect(err).NotTo(HaveOccurred(), "the first connection from %s to %s", from.name, ip)
+				Expect(firstCall(from, netip.AddrPortFrom(ip, 80))).To(Succeed())
 			}
 		}
 		Expect(t.assignment("web").Status.Nodes).To(Equal(v1alpha1.AssignmentNodesStatus{Desired: 3, Programmed: 3}))
@@ -127,6 +130,88 @@ var _ = Describe("kubectl wait --for=condition=Programmed", func() {
 		}
 	})
 })
+
+var _ = Describe("Programmed", func() {
+	It("holds for each of many Services made at once, while agents stall now and then", func() {
+		const services = 40
+		t := newTenant()
+		t.readyPolicy(nil)
+		t.deploy("web", 3)
+		watching, err := client.NewWithWatch(c.RESTConfig(), client.Options{Scheme: k8s.Scheme()})
+		Expect(err).NotTo(HaveOccurred())
+		assignments, err := watching.Watch(ctx, &v1alpha1.ServiceAssignmentList{}, client.InNamespace(t.name))
+		Expect(err).NotTo(HaveOccurred())
+		DeferCleanup(assignments.Stop)
+		DeferCleanup(stallAgents(300 * time.Millisecond))
+		for i := range services {
+			t.service(fmt.Sprintf("web-%02d", i), t.at(byte(100+i)))
+		}
+
+		calling := podCallers()
+		errs := make(chan error, services*len(calling))
+		var calls sync.WaitGroup
+		seen := map[string]bool{}
+		timeout := time.After(patience)
+		for len(seen) < services {
+			select {
+			case <-timeout:
+				Fail(fmt.Sprintf("%d of %d Services are Programmed", len(seen), services))
+			case e := <-assignments.ResultChan():
+				a, ok := e.Object.(*v1alpha1.ServiceAssignment)
+				Expect(ok).To(BeTrue(), "%v", e)
+				if seen[a.Name] || !strings.HasPrefix(conditionText(a.Status.Conditions, v1alpha1.AssignmentProgrammed, a.Generation), "True") {
+					continue
+				}
+				seen[a.Name] = true
+				for _, from := range calling {
+					calls.Go(func() { errs <- firstCall(from, netip.AddrPortFrom(netip.MustParseAddr(a.Spec.ServiceIPs[0].IP), 80)) })
+				}
+			}
+		}
+		calls.Wait()
+		close(errs)
+		for err := range errs {
+			Expect(err).NotTo(HaveOccurred())
+		}
+	})
+})
+
+// firstCall calls once, and gives up before TCP would try a second time.
+func firstCall(from caller, to netip.AddrPort) error {
+	calling, cancel := context.WithTimeout(ctx, 900*time.Millisecond)
+	defer cancel()
+	if _, err := cluster.Call(calling, from.ns, "tcp", to); err != nil {
+		return fmt.Errorf("the first connection from %s to %s: %w", from.name, to, err)
+	}
+	return nil
+}
+
+// stallAgents pauses one agent after the other, each for so long, until stop is called.
+func stallAgents(each time.Duration) (stop func() error) {
+	stalling, cancel := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() {
+		for i := 0; ; i++ {
+			agent := c.Nodes[i%len(c.Nodes)].Agent
+			if err := agent.Pause(); err != nil {
+				done <- err
+				return
+			}
+			select {
+			case <-stalling.Done():
+			case <-time.After(each):
+			}
+			if err := agent.Resume(); err != nil || stalling.Err() != nil {
+				done <- err
+				return
+			}
+		}
+	}()
+	return func() error {
+		cancel()
+		return <-done
+	}
+}
 
 // setNodeReady makes a node Ready or not and waits until everybody can see it.
 func setNodeReady(n *cluster.Node, ready bool) {

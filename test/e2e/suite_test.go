@@ -104,9 +104,9 @@ func showCluster() {
 			GinkgoWriter.Println(err)
 		}
 	}
-	GinkgoWriter.Println(c.Controller.Tail(40))
+	GinkgoWriter.Println(c.Controller.Tail(20))
 	for _, n := range c.Nodes {
-		GinkgoWriter.Println(n.Agent.Tail(25))
+		GinkgoWriter.Println(n.Agent.Tail(15))
 	}
 	if err := c.SaveLogs(logCopy()); err != nil {
 		GinkgoWriter.Println("keep the logs:", err)
