@@ -57,7 +57,7 @@ func (r *claimReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 	switch {
 	case !found:
 		return r.orphan(ctx, req.Name)
-	case claim.DeletionTimestamp != nil:
+	case claim.DeletionTimestamp != nil, !isOurs(claim.Labels):
 		return ctrl.Result{}, nil
 	case claim.Spec.State == v1alpha1.ClaimReleased:
 		return r.expire(ctx, claim)

@@ -1,6 +1,8 @@
 package controllers
 
 import (
+	"errors"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
@@ -112,13 +114,18 @@ func (w *waitlist) add(key types.NamespacedName) {
 	}
 }
 
+func (w *waitlist) remove(key types.NamespacedName) {
+	if w.in[key] {
+		delete(w.in, key)
+		w.order = slices.DeleteFunc(w.order, func(k types.NamespacedName) bool { return k == key })
+	}
+}
+
 func (w *waitlist) pop() (key types.NamespacedName, ok bool) {
 	for len(w.order) > 0 {
 		key, w.order = w.order[0], w.order[1:]
-		if w.in[key] {
-			delete(w.in, key)
-			return key, true
-		}
+		delete(w.in, key)
+		return key, true
 	}
 	return key, false
 }
@@ -188,7 +195,10 @@ func (l *ledger) clash(p *allocator.Policy) string {
 	for name, n := range l.nodes {
 		for _, r := range p.Ranges {
 			for _, used := range n.prefixes {
-				if msg := r.Prefix.String() + " overlaps " + used.String() + " of node " + name; r.Prefix.Overlaps(used) && (worst == "" || msg < worst) {
+				if !r.Prefix.Overlaps(used) {
+					continue
+				}
+				if msg := r.Prefix.String() + " overlaps " + used.String() + " of node " + name; worst == "" || msg < worst {
 					worst = msg
 				}
 			}
@@ -197,16 +207,23 @@ func (l *ledger) clash(p *allocator.Policy) string {
 	return worst
 }
 
-// covering finds the policy that covers the Service, nil if none does.
-func (l *ledger) covering(svc *corev1.Service, namespaceLabels map[string]string, current string) (*allocator.Policy, *v1alpha1.ServiceProxyPolicy) {
+// errPolicyInvalid says that nothing may be decided about a Service, because the policy that covers it cannot be understood.
+var errPolicyInvalid = errors.New("its policy cannot be understood")
+
+// covering finds the policy that covers the Service, nil if none does. current names the policy that covers it so far. While that one's spec cannot
+// be understood it fails with errPolicyInvalid: nobody meant to take the Service's traffic away.
+func (l *ledger) covering(svc *corev1.Service, namespaceLabels map[string]string, current string) (*allocator.Policy, *v1alpha1.ServiceProxyPolicy, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refresh(time.Now())
+	if e := l.policies[current]; e != nil && e.parsed == nil && allocator.Coverable(svc) {
+		return nil, nil, fmt.Errorf("%w: %w", errPolicyInvalid, e.err)
+	}
 	p := allocator.Select(l.resolved, svc, namespaceLabels, current)
 	if p == nil {
-		return nil, nil
+		return nil, nil, nil
 	}
-	return p, l.policies[p.Name].api
+	return p, l.policies[p.Name].api, nil
 }
 
 // restFor is how long a lock that was taken from the policy rests once released.
@@ -219,7 +236,8 @@ func (l *ledger) restFor(policy string) time.Duration {
 	return allocator.DefaultQuarantine
 }
 
-// grant proposes a lock and keeps it from being proposed again until the claim is seen or abandon is called.
+// grant proposes a lock and keeps it from being proposed again until the claim is seen or abandon is called. If there is none now, the holder joins
+// the policy's waiting list in the same moment, so that no release in between is missed.
 func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -228,8 +246,15 @@ func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
 	g, err := l.space.Grant(r)
 	if err == nil {
 		l.pending[g.Lock] = pending{since: now}
+	} else if isShortage(err) {
+		l.wait(r.Policy, serviceKey(r.Holder))
 	}
 	return g, err
+}
+
+// isShortage says whether waiting helps against an error of grant.
+func isShortage(err error) bool {
+	return errors.Is(err, allocator.ErrExhausted) || errors.Is(err, allocator.ErrNotUsable)
 }
 
 // taking says that this process is about to create or change the claim on a lock that the API server already gave to the holder.
@@ -300,14 +325,21 @@ func (l *ledger) claim(lock allocator.Lock) *v1alpha1.AllocationClaim {
 	return l.claims[lock]
 }
 
-// wait puts a Service on the policy's waiting list: it is reconciled when something is released.
+// wait puts a Service on the policy's waiting list: it is reconciled when something is released. Callers hold mu.
 func (l *ledger) wait(policy string, key types.NamespacedName) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.waiting[policy] == nil {
 		l.waiting[policy] = &waitlist{in: map[types.NamespacedName]bool{}}
 	}
 	l.waiting[policy].add(key)
+}
+
+// served takes a Service that waits for nothing any more, or is gone, off all waiting lists: what is released next is for another.
+func (l *ledger) served(key types.NamespacedName) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, w := range l.waiting {
+		w.remove(key)
+	}
 }
 
 // wake reconciles the Service that has waited longest for each policy that declares the lock. Callers hold mu.

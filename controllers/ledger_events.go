@@ -300,18 +300,22 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 	if after != nil {
 		named, now = after, assignmentEntryOf(after)
 	}
+	exists := after != nil && isOurs(after.Labels) // others' count for nothing
+	if !exists {
+		now = assignmentEntry{}
+	}
 	key := client.ObjectKeyFromObject(named)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	was, known := l.assignments[key]
-	if after != nil && known && was == now {
+	if exists == known && was == now {
 		return
 	}
 	if known {
 		l.count(was, -1)
 	}
 	delete(l.assignments, key)
-	if after != nil {
+	if exists {
 		l.assignments[key] = now
 		l.count(now, 1)
 	}
@@ -319,13 +323,10 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 	l.touch(now.policy)
 }
 
-// reasonNoReadyEndpoints is given by the reconciler of Programmed for a Service that every node holds but that nobody serves.
-const reasonNoReadyEndpoints = "NoReadyEndpoints"
-
 func assignmentEntryOf(a *v1alpha1.ServiceAssignment) assignmentEntry {
 	e := assignmentEntry{policy: a.Spec.PolicyName, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated)}
 	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentProgrammed); c != nil && c.ObservedGeneration == a.Generation {
-		e.programmed = c.Status == "True" || c.Reason == reasonNoReadyEndpoints && a.Status.Nodes.Programmed >= a.Status.Nodes.Desired
+		e.programmed = c.Status == "True" || c.Reason == v1alpha1.ReasonNoReadyEndpoints && a.Status.Nodes.Programmed >= a.Status.Nodes.Desired
 	}
 	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated); c != nil {
 		e.exhausted = c.Status == "False" && c.Reason == reasonExhausted

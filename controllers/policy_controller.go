@@ -2,13 +2,17 @@ package controllers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
+	"strconv"
 	"time"
 
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -63,10 +67,13 @@ func (r *policyReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctr
 		policy = held
 	}
 	drained, err := r.register(ctx, policy, view)
-	if err != nil {
+	if apierrors.IsInvalid(err) || apierrors.IsForbidden(err) {
+		// Somebody has to see it; what else fails passes. The generated name is another one at each attempt, and must not make the status another.
+		view.refused = regexp.MustCompile(`"`+regexp.QuoteMeta(policy.Name)+`-[^"]*"`).ReplaceAllString(err.Error(), strconv.Quote(policy.Name+"-*"))
+	} else if err != nil {
 		return ctrl.Result{}, err
 	}
-	if err := r.writeStatus(ctx, policy, policyStatus(policy, view, drained)); err != nil {
+	if err := errors.Join(err, r.writeStatus(ctx, policy, policyStatus(policy, view, drained))); err != nil {
 		return ctrl.Result{}, err
 	}
 	if !view.nextReady.IsZero() {

@@ -58,6 +58,7 @@ const (
 	reasonOverlap       = "OverlapsOlderPolicy"
 	reasonRegistered    = "Registered"
 	reasonRegistering   = "Registering"
+	reasonRefused       = "RegistrationRefused"
 	reasonNotAccepted   = "NotAccepted"
 	reasonAvailable     = "Available"
 	reasonProgrammed    = "Programmed"
@@ -118,6 +119,9 @@ func (v policyView) rangesReady() metav1.Condition {
 	if v.resolved == nil || v.clash != "" {
 		return condition(v1alpha1.PolicyRangesReady, false, reasonNotAccepted, "ranges are registered once the policy is accepted")
 	}
+	if v.refused != "" {
+		return condition(v1alpha1.PolicyRangesReady, false, reasonRefused, "the API server refused to take a range as ServiceCIDR: "+v.refused)
+	}
 	var missing []string
 	for _, r := range v.resolved.Ranges {
 		if !r.Usable && !v.wholly(r.Prefix) {
@@ -143,7 +147,7 @@ func (v policyView) capacityAvailable() metav1.Condition {
 	if len(full) == 0 {
 		full = []string{"Services wait for addresses that were released just now, or whose range gives out nothing"}
 	}
-	return condition(v1alpha1.PolicyCapacityAvailable, false, reasonExhausted, strings.Join(full, "; "))
+	return condition(v1alpha1.PolicyCapacityAvailable, false, reasonExhausted, strings.Join(full, "; ")+"; add a range to the policy or delete Services")
 }
 
 func (v policyView) programmed() metav1.Condition {

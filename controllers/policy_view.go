@@ -15,6 +15,7 @@ import (
 type policyView struct {
 	invalid     error  // the spec could not be parsed
 	clash       string // the cluster's addresses that a range overlaps
+	refused     string // why the API server does not take a range, empty if it does
 	terminating bool
 	resolved    *allocator.Policy // nil if invalid
 	conflicts   []allocator.Conflict

@@ -76,6 +76,8 @@ func holderOf(svc *corev1.Service) allocator.Holder {
 
 // additionalOf finds the additional addresses that a Service keeps: one per family that it has, the one its assignment shows if several
 // were taken by racing replicas. They are kept even where the policy no longer declares or owes them: a valid address is never moved.
+//
+// An empty policy stands for any: what the Service has in its assignment, whoever gave it.
 func additionalOf(svc *corev1.Service, policy string, held map[allocator.Lock]allocator.Hold, assignment *v1alpha1.ServiceAssignment) map[v1alpha1.IPFamily]netip.Addr {
 	assigned := map[string]bool{}
 	if assignment != nil {
@@ -85,7 +87,10 @@ func additionalOf(svc *corev1.Service, policy string, held map[allocator.Lock]al
 	}
 	out := map[v1alpha1.IPFamily]netip.Addr{}
 	for lock, hold := range held {
-		if hold.Use != v1alpha1.ClaimUseAdditionalIP || hold.State != v1alpha1.ClaimBound || hold.Policy != policy || hold.Holder != holderOf(svc) {
+		if hold.Use != v1alpha1.ClaimUseAdditionalIP || hold.State != v1alpha1.ClaimBound || hold.Holder != holderOf(svc) {
+			continue
+		}
+		if policy == "" && !assigned[lock.Addr.String()] || policy != "" && hold.Policy != policy {
 			continue
 		}
 		family := familyOf(lock.Addr)
@@ -112,7 +117,9 @@ func (r *serviceReconciler) allocate(ctx context.Context, svc *corev1.Service, p
 			return nil, nil, err
 		}
 	}
-	have := additionalOf(svc, policy.Name, r.ledger.heldBy(client.ObjectKeyFromObject(svc)), assignment)
+	held := r.ledger.heldBy(client.ObjectKeyFromObject(svc))
+	have := additionalOf(svc, policy.Name, held, assignment)
+	former := additionalOf(svc, "", held, assignment)
 	for family, addr := range have {
 		ok, err := r.reserve(ctx, svc, addr)
 		if err != nil {
@@ -120,10 +127,11 @@ func (r *serviceReconciler) allocate(ctx context.Context, svc *corev1.Service, p
 		}
 		if !ok { // somebody removed our reservation and the address went to another Service
 			ctrl.LoggerFrom(ctx).Info("An additional address was lost to another holder", "address", addr)
-			if err := r.forget(ctx, allocator.AddrLock(addr)); err != nil {
+			if err := r.forget(ctx, allocator.AddrLock(addr), holderOf(svc)); err != nil {
 				return nil, nil, err
 			}
 			delete(have, family)
+			delete(former, family)
 		}
 	}
 	var short []error
@@ -133,9 +141,11 @@ func (r *serviceReconciler) allocate(ctx context.Context, svc *corev1.Service, p
 		}
 		addr, err := r.takeAdditional(ctx, svc, policy.Name, family)
 		switch {
-		case errors.Is(err, allocator.ErrExhausted), errors.Is(err, allocator.ErrNotUsable):
+		case isShortage(err):
 			short = append(short, err)
-			r.ledger.wait(policy.Name, client.ObjectKeyFromObject(svc))
+			if addr, ok := former[family]; ok { // of the policy that covered it before: its traffic goes on until it has another
+				have[family] = addr
+			}
 		case err != nil:
 			return nil, nil, err
 		default:
@@ -173,6 +183,9 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 		return err
 	} else if !found {
 		return fmt.Errorf("claim %s: it was there a moment ago", lock)
+	}
+	if !isOurs(claim.Labels) {
+		return nil // somebody wrote it by hand; the API server's lock holds without a record
 	}
 	have = holdOf(claim)
 	if have == want {
@@ -237,7 +250,7 @@ func (r *serviceReconciler) takeAdditional(ctx context.Context, svc *corev1.Serv
 		if ok {
 			return grant.Lock.Addr, nil
 		}
-		if err := r.forget(ctx, grant.Lock); err != nil {
+		if err := r.forget(ctx, grant.Lock, hold.Holder); err != nil {
 			return netip.Addr{}, err
 		}
 	}
@@ -290,11 +303,15 @@ func (r *serviceReconciler) reserve(ctx context.Context, svc *corev1.Service, ad
 	return err == nil && mine(have), err
 }
 
-// forget deletes a claim that this process made and that was never used, so it needs no rest.
-func (r *serviceReconciler) forget(ctx context.Context, lock allocator.Lock) error {
+// forget deletes holder's claim on an address that turned out to be somebody else's, so it needs no rest. A process that was paused since it took the
+// claim may find another's in its place, and leaves that alone.
+func (r *serviceReconciler) forget(ctx context.Context, lock allocator.Lock, holder allocator.Holder) error {
 	var claim *v1alpha1.AllocationClaim
 	if found, err := get(ctx, r.live, types.NamespacedName{Name: lock.Name()}, &claim); err != nil || !found {
 		return err
+	}
+	if hold := holdOf(claim); hold.State != v1alpha1.ClaimBound || hold.Use != v1alpha1.ClaimUseAdditionalIP || hold.Holder != holder {
+		return nil
 	}
 	if err := client.IgnoreNotFound(r.client.Delete(ctx, claim, exactly(claim))); err != nil {
 		return fmt.Errorf("delete claim %s: %w", lock, err)
@@ -343,6 +360,9 @@ func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key
 			return nil, err
 		}
 		policy, _, err := r.covering(ctx, svc, assignment)
+		if errors.Is(err, errPolicyInvalid) {
+			return nil, nil // nothing is decided until it can be understood
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -377,6 +397,9 @@ func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key
 // release lets go of a claim whose holder is known, by a live read, not to own it any more: first the reservation, so that a Released claim
 // proves that there is none, then the claim, which rests for a while.
 func release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim, rest time.Duration) error {
+	if !isOurs(claim.Labels) {
+		return nil
+	}
 	if claim.Spec.Use == v1alpha1.ClaimUseAdditionalIP {
 		var ip *networkingv1.IPAddress
 		found, err := get(ctx, live, types.NamespacedName{Name: claim.Spec.Address}, &ip)
@@ -384,6 +407,11 @@ func release(ctx context.Context, c client.Client, live client.Reader, claim *v1
 			return err
 		}
 		if holder, ours := ourReservationIf(found, ip); ours && holder.Namespace == claim.Spec.Holder.Namespace && holder.Name == claim.Spec.Holder.Name {
+			// The reservation does not say which Service of the name it is for. If the claim is still the one that was judged, after the reservation was
+			// read, then so was the reservation; else a later Service of the name has both by now.
+			if err := unchanged(ctx, live, claim); err != nil {
+				return err
+			}
 			if err := client.IgnoreNotFound(c.Delete(ctx, ip, exactly(ip))); err != nil {
 				return fmt.Errorf("delete reservation %s: %w", ip.Name, err)
 			}
@@ -401,6 +429,19 @@ func release(ctx context.Context, c client.Client, live client.Reader, claim *v1
 	setHold(released, hold, rest)
 	if err := client.IgnoreNotFound(c.Update(ctx, released)); err != nil {
 		return fmt.Errorf("release claim %s: %w", claim.Name, err)
+	}
+	return nil
+}
+
+// unchanged fails with a conflict if the claim is not what the API server has.
+func unchanged(ctx context.Context, live client.Reader, claim *v1alpha1.AllocationClaim) error {
+	var now *v1alpha1.AllocationClaim
+	found, err := get(ctx, live, client.ObjectKeyFromObject(claim), &now)
+	if err != nil {
+		return err
+	}
+	if !found || now.UID != claim.UID || now.ResourceVersion != claim.ResourceVersion {
+		return apierrors.NewConflict(v1alpha1.GroupVersion.WithResource("allocationclaims").GroupResource(), claim.Name, errors.New("it changed since it was judged"))
 	}
 	return nil
 }

@@ -90,18 +90,22 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if found, err := get(ctx, r.client, req.NamespacedName, &svc); err != nil {
 		return ctrl.Result{}, err
 	} else if !found {
-		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName)
+		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, nil)
 	}
 	var assignment *v1alpha1.ServiceAssignment
 	if _, err := get(ctx, r.client, req.NamespacedName, &assignment); err != nil {
 		return ctrl.Result{}, err
 	}
 	policy, spec, err := r.covering(ctx, svc, assignment)
+	if errors.Is(err, errPolicyInvalid) {
+		ctrl.LoggerFrom(ctx).Info("The Service stays as it is", "because", err.Error())
+		return ctrl.Result{}, nil // an edit of the policy has it looked at again
+	}
 	if err != nil {
 		return ctrl.Result{}, err
 	}
 	if policy == nil {
-		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName)
+		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, svc)
 	}
 	additional, shortage, err := r.allocate(ctx, svc, policy, assignment)
 	if err != nil {
@@ -114,13 +118,28 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if err := r.releaseSurplus(ctx, req.NamespacedName); err != nil {
 		return ctrl.Result{}, err
 	}
-	if err := r.report(ctx, svc, assignment, policy, additional, shortage); err != nil {
+	if shortage == nil {
+		r.ledger.served(req.NamespacedName)
+	} else if left := r.unreported(assignment, shortage); left > 0 {
+		return ctrl.Result{RequeueAfter: left}, nil
+	}
+	if err := r.report(ctx, svc, assignment, policy, shortage); err != nil {
 		return ctrl.Result{}, err
 	}
 	if shortage != nil {
 		return ctrl.Result{RequeueAfter: r.options.RetryWaiting}, nil
 	}
 	return ctrl.Result{}, nil
+}
+
+// unreported is for how long a new assignment goes without the condition Allocated because a range that was declared just now becomes ready any
+// moment: every Service of a new policy is in that state, and every agent would be told twice. The assignment itself does not wait, because traffic
+// to the ClusterIP works without the additional address.
+func (r *serviceReconciler) unreported(a *v1alpha1.ServiceAssignment, shortage error) time.Duration {
+	if errors.Is(shortage, allocator.ErrExhausted) || apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated) != nil {
+		return 0
+	}
+	return 5*r.options.RangeGrace - time.Since(a.CreationTimestamp.Time)
 }
 
 // covering finds the policy that covers a Service, given its assignment so far.
@@ -135,14 +154,15 @@ func (r *serviceReconciler) covering(ctx context.Context, svc *corev1.Service, a
 	if assignment != nil && assignment.Spec.ServiceUID == svc.UID {
 		current = assignment.Spec.PolicyName
 	}
-	policy, spec := r.ledger.covering(svc, namespace.Labels, current)
-	return policy, spec, nil
+	return r.ledger.covering(svc, namespace.Labels, current)
 }
 
 // assign creates or updates the assignment. It returns what the API server now has.
 func (r *serviceReconciler) assign(ctx context.Context, svc *corev1.Service, have *v1alpha1.ServiceAssignment, want v1alpha1.ServiceAssignmentSpec) (*v1alpha1.ServiceAssignment, error) {
 	if have != nil && !metav1.IsControlledBy(have, svc) {
 		if !isOurs(have.Labels) {
+			r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, "AssignmentNotOurs", "Assign",
+				"ServiceAssignment %s exists and does not carry the label %s=%s, so it is left alone; delete it to let the Service be assigned", svc.Name, labelManagedBy, v1alpha1.ManagedBy)
 			return nil, reconcile.TerminalError(fmt.Errorf("ServiceAssignment %s/%s exists and is not ours; delete it to let the Service be assigned", have.Namespace, have.Name))
 		}
 		// It is of an earlier Service of this name. What that one held is not this one's.
@@ -182,7 +202,7 @@ func (r *serviceReconciler) assign(ctx context.Context, svc *corev1.Service, hav
 }
 
 // report writes the condition Allocated if it changed, and a Warning when a Service begins to wait.
-func (r *serviceReconciler) report(ctx context.Context, svc *corev1.Service, a *v1alpha1.ServiceAssignment, policy *allocator.Policy, additional []netip.Addr, shortage error) error {
+func (r *serviceReconciler) report(ctx context.Context, svc *corev1.Service, a *v1alpha1.ServiceAssignment, policy *allocator.Policy, shortage error) error {
 	want := metav1.Condition{Type: v1alpha1.AssignmentAllocated, Status: metav1.ConditionTrue, ObservedGeneration: a.Generation, Reason: reasonAllocated,
 		Message: "the Service has every address that policy " + policy.Name + " owes it"}
 	switch {
@@ -231,14 +251,24 @@ func (r *serviceReconciler) applyAllocated(ctx context.Context, a *v1alpha1.Serv
 	return nil
 }
 
-// letGo removes the assignment of a Service that is gone or that no policy covers any more, and releases what it held.
-func (r *serviceReconciler) letGo(ctx context.Context, key types.NamespacedName) error {
+// letGo removes the assignment of a Service that no policy covers any more, or that is gone (svc is nil), and releases what it held.
+func (r *serviceReconciler) letGo(ctx context.Context, key types.NamespacedName, svc *corev1.Service) error {
+	r.ledger.served(key)
 	var assignment *v1alpha1.ServiceAssignment
 	found, err := get(ctx, r.client, key, &assignment)
 	if err != nil {
 		return err
 	}
 	if found && isOurs(assignment.Labels) {
+		if svc == nil {
+			// The caches of Services and assignments are not of the same moment: a new leader may know another's assignment before the Service.
+			var live *corev1.Service
+			if exists, err := get(ctx, r.live, key, &live); err != nil {
+				return err
+			} else if exists && live.UID == assignment.Spec.ServiceUID {
+				return nil // its event is on its way
+			}
+		}
 		if err := client.IgnoreNotFound(r.client.Delete(ctx, assignment, exactly(assignment))); err != nil {
 			return fmt.Errorf("delete assignment: %w", err)
 		}

@@ -171,6 +171,10 @@ const (
 	AssignmentProgrammed = "Programmed"
 )
 
+// ReasonNoReadyEndpoints is the reason of Programmed=False for a port that no endpoint is ready for: there is no traffic that could work, however
+// many nodes hold the assignment. The policy does not count it against the nodes.
+const ReasonNoReadyEndpoints = "NoReadyEndpoints"
+
 // AssignmentNodesStatus counts nodes.
 type AssignmentNodesStatus struct {
 	// desired is how many nodes must forward the Service: those selected that are Ready.

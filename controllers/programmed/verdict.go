@@ -16,7 +16,7 @@ const (
 	// ReasonModeUnsupported: a node that counts cannot do the proxy mode.
 	ReasonModeUnsupported = "ModeUnsupported"
 	// ReasonNoReadyEndpoints: a port has no ready endpoint, so that there is no traffic that could work.
-	ReasonNoReadyEndpoints = "NoReadyEndpoints"
+	ReasonNoReadyEndpoints = v1alpha1.ReasonNoReadyEndpoints
 	// ReasonWaitingForNodes: the kernel of a node that counts does not hold this generation yet.
 	ReasonWaitingForNodes = "WaitingForNodes"
 	// ReasonProgrammed: every node that counts holds this generation. The only reason of status True.
