@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -282,7 +283,9 @@ func (c *Cluster) crdsEstablished(ctx context.Context) error {
 
 // startNodes starts kubelets and scheduler and waits until every node is Ready.
 func (c *Cluster) startNodes(ctx context.Context) error {
-	clientset, err := kubernetes.NewForConfig(c.config)
+	config := c.RESTConfig()
+	config.Wrap(func(rt http.RoundTripper) http.RoundTripper { return outlast{rt} })
+	clientset, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return err
 	}

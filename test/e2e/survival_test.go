@@ -292,6 +292,7 @@ var _ = Describe("the API server", func() {
 			call(from, "tcp", host(t.v6, 81), 80)
 		}
 		Eventually(func() time.Duration { return time.Since(traffic.lastTo(pods[0].Name)) }).Should(BeNumerically(">", 2*time.Second), "a pod that is not ready gets no more connections")
+		AddReportEntry("endpoints", fmt.Sprintf("the last connection to a pod that turned not ready began %.1f s after the API server was back", traffic.lastTo(pods[0].Name).Sub(back).Seconds()))
 		traffic.expectNoFailure(int(outage/time.Second) * 20)
 	})
 })
