@@ -269,3 +269,31 @@ var _ = Describe("LoadBalancer ranges", func() {
 		Expect(t.reservations()).To(BeEmpty())
 	})
 })
+
+var _ = Describe("a policy that was applied just now", func() {
+	It("is not Ready before its Services have been looked at, and one Service that cannot be assigned keeps only its own policy from being Ready", func() {
+		var held atomic.Bool
+		held.Store(true)
+		t, other := newTenant(), newTenant()
+		startManager(quick, func(inner client.Client) client.Client {
+			return interceptor.NewClient(watchless{inner}, interceptor.Funcs{
+				Create: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.CreateOption) error {
+					if _, ok := obj.(*v1alpha1.ServiceAssignment); ok && obj.GetNamespace() == t.name && held.Load() {
+						return apierrors.NewInternalError(fmt.Errorf("disk full"))
+					}
+					return c.Create(ctx, obj, opts...)
+				},
+			})
+		})
+		svc := t.service("web", nil)
+		p := t.policy("", nil)
+		Eventually(policyCondition(p, v1alpha1.PolicyReady)).Should(HavePrefix("False Programming"))
+		Consistently(policyCondition(p, v1alpha1.PolicyReady)).Should(HavePrefix("False Programming"))
+		Eventually(policyCondition(other.policy("", nil), v1alpha1.PolicyReady)).Should(HavePrefix("True"))
+		held.Store(false)
+		t.allocated(svc)
+		Eventually(policyCondition(p, v1alpha1.PolicyProgrammed)).Should(HavePrefix("False Programming: not every covered"))
+		Expect(k8s.Delete(ctx, svc)).To(Succeed())
+		Eventually(policyCondition(p, v1alpha1.PolicyReady)).Should(HavePrefix("True"))
+	})
+})

@@ -128,6 +128,7 @@ var _ = Describe("a controller that is killed", func() {
 	It("after any write leaves nothing that the next one does not complete or collect", func() {
 		t := newTenant()
 		for n := int64(0); ; n++ {
+			Expect(n).To(BeNumerically("<=", 30), "writes for two Services: 16 of allocation, 2 ServiceCIDRs, a finalizer and statuses of the policy")
 			policy := t.policy(fmt.Sprint("-", n), ranges(t.v4, t.v6))
 			services := []*corev1.Service{
 				t.service("a", func(s *corev1.Service) { s.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicyRequireDualStack) }),

@@ -50,6 +50,7 @@ type nodeEntry struct {
 // assignmentEntry is what policy status counts of an assignment.
 type assignmentEntry struct {
 	policy                          string
+	generation                      int64
 	assigned, programmed, exhausted bool
 }
 
@@ -76,6 +77,7 @@ type ledger struct {
 	assignments map[types.NamespacedName]assignmentEntry
 	tallies     map[string]*tally
 	waiting     map[string]*waitlist // Services that wait for an address, by policy
+	unsettled   unsettled
 
 	resolved  []*allocator.Policy
 	conflicts []allocator.Conflict
@@ -98,7 +100,90 @@ func newLedger(options Options) *ledger {
 		assignments: map[types.NamespacedName]assignmentEntry{},
 		tallies:     map[string]*tally{},
 		waiting:     map[string]*waitlist{},
+		unsettled:   unsettled{by: map[types.NamespacedName]owing{}},
 	}
+}
+
+// unsettled are the Services that no reconcile has brought up to date since the policies last changed. Until there is none that a policy covers, or may
+// cover, its status cannot say that all is done.
+type unsettled struct {
+	epoch   int // counts the changes of policies
+	by      map[types.NamespacedName]owing
+	unknown int // how many of by have no policy
+}
+
+// owing is what is missing for a Service to be settled.
+type owing struct {
+	policy     string // which covers it, empty while that is not known
+	generation int64  // of its assignment, which the informer has not shown yet; 0: not written yet
+}
+
+func (u *unsettled) add(key types.NamespacedName) {
+	u.remove(key)
+	u.by[key] = owing{}
+	u.unknown++
+}
+
+func (u *unsettled) remove(key types.NamespacedName) {
+	if o, ok := u.by[key]; ok && o.policy == "" {
+		u.unknown--
+	}
+	delete(u.by, key)
+}
+
+// of says whether a Service that the policy covers, or may cover, is unsettled.
+func (u *unsettled) of(policy string) bool {
+	if u.unknown > 0 {
+		return true
+	}
+	for _, o := range u.by {
+		if o.policy == policy {
+			return true
+		}
+	}
+	return false
+}
+
+// covered says that a Service was found to be covered by policy (empty: by none), as of an epoch. What is covered by none is settled.
+func (l *ledger) covered(key types.NamespacedName, policy string, epoch int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.unsettled.by[key]; !ok || epoch != l.unsettled.epoch {
+		return
+	}
+	l.unsettled.remove(key)
+	if policy != "" {
+		l.unsettled.by[key] = owing{policy: policy}
+	}
+	if l.unsettled.unknown == 0 {
+		l.touchAll()
+	}
+}
+
+// settled says that a Service's assignment is as its policy wants it, as of an epoch. It counts once the informer has shown it, too.
+func (l *ledger) settled(key types.NamespacedName, epoch int, generation int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if o, ok := l.unsettled.by[key]; ok && o.policy != "" && epoch == l.unsettled.epoch {
+		l.unsettled.by[key] = owing{o.policy, generation}
+		l.shown(key)
+	}
+}
+
+// shown settles a Service if its assignment is what it awaits. Callers hold mu.
+func (l *ledger) shown(key types.NamespacedName) {
+	o, a := l.unsettled.by[key], l.assignments[key]
+	if o.generation > 0 && a.policy == o.policy && a.generation >= o.generation {
+		l.unsettled.remove(key)
+		l.touch(o.policy)
+	}
+}
+
+// epoch is the present one of the policies.
+func (l *ledger) epoch() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.unsettled.epoch
 }
 
 // waitlist is a queue of distinct Services, first come, first served.

@@ -91,6 +91,10 @@ func (l *ledger) onPolicy(before, after *v1alpha1.ServiceProxyPolicy) {
 		l.policies[after.Name] = e
 	}
 	l.stale = true
+	l.unsettled.epoch++
+	for key := range l.services {
+		l.unsettled.add(key)
+	}
 	l.touchAll() // who has what of overlapping ranges may have changed for others
 	if l.serviceQueue != nil {
 		for key := range l.services {
@@ -260,9 +264,13 @@ func (l *ledger) onService(before, after *corev1.Service) {
 	var now []allocator.Lock
 	if after == nil {
 		delete(l.services, key)
+		l.unsettled.remove(key)
 	} else {
 		now = nodePorts(after)
 		l.services[key] = now
+		if before == nil {
+			l.unsettled.add(key)
+		}
 	}
 	for _, lock := range was {
 		if !slices.Contains(now, lock) {
@@ -318,13 +326,14 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 	if exists {
 		l.assignments[key] = now
 		l.count(now, 1)
+		l.shown(key)
 	}
 	l.touch(was.policy)
 	l.touch(now.policy)
 }
 
 func assignmentEntryOf(a *v1alpha1.ServiceAssignment) assignmentEntry {
-	e := assignmentEntry{policy: a.Spec.PolicyName, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated)}
+	e := assignmentEntry{policy: a.Spec.PolicyName, generation: a.Generation, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated)}
 	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentProgrammed); c != nil && c.ObservedGeneration == a.Generation {
 		e.programmed = c.Status == "True" || c.Reason == v1alpha1.ReasonNoReadyEndpoints && a.Status.Nodes.Programmed >= a.Status.Nodes.Desired
 	}

@@ -38,6 +38,9 @@ func policyStatus(policy *v1alpha1.ServiceProxyPolicy, v policyView, drained []d
 		out.ServiceRanges = append(out.ServiceRanges, v1alpha1.ServiceRangeStatus{CIDR: d.prefix.String(), ServiceCIDR: d.serviceCIDR,
 			Foreign: int64(d.foreign), AddressCounts: v1alpha1.AddressCounts{Allocated: int64(d.claims)}})
 	}
+	if was := apimeta.FindStatusCondition(policy.Status.Conditions, v1alpha1.PolicyProgrammed); was != nil && was.ObservedGeneration == policy.Generation && was.Status == metav1.ConditionTrue {
+		v.unsettled = false // it was settled once; a new leader has to look at all again, a Service that comes later shows by its assignment
+	}
 	for _, c := range v.conditions() {
 		c.ObservedGeneration = policy.Generation
 		apimeta.SetStatusCondition(&out.Conditions, c)
@@ -154,6 +157,8 @@ func (v policyView) programmed() metav1.Condition {
 	switch {
 	case v.nodes.Unsupported > 0:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonUnsupported, "nodes that cannot do the policy's proxyMode: "+strings.Join(v.unsupported, "; "))
+	case v.unsettled:
+		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every Service that the policy may cover has been assigned since it was changed")
 	case v.tally.covered == 0:
 		return condition(v1alpha1.PolicyProgrammed, true, reasonNoServices, "the policy covers no Service")
 	case v.tally.programmed < v.tally.covered:

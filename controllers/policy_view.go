@@ -25,6 +25,7 @@ type policyView struct {
 	families    map[v1alpha1.IPFamily]allocator.Counts
 	ports       allocator.Counts
 	tally       tally
+	unsettled   bool // Services that the policy covers, or may cover, have not been looked at since the policies changed
 	nodes       v1alpha1.PolicyNodesStatus
 	unsupported []string  // the first few nodes that cannot do the mode, and what they can do
 	nextReady   time.Time // when a range's grace ends
@@ -44,7 +45,8 @@ func (l *ledger) view(policy *v1alpha1.ServiceProxyPolicy, now time.Time) (polic
 	l.refresh(now)
 	v := policyView{
 		invalid: e.err, clash: e.clash, terminating: policy.DeletionTimestamp != nil, nextReady: l.nextReady,
-		heirs: map[netip.Prefix]string{}, registered: map[netip.Prefix]string{},
+		unsettled: l.unsettled.of(policy.Name),
+		heirs:     map[netip.Prefix]string{}, registered: map[netip.Prefix]string{},
 		ranges: map[netip.Prefix]allocator.Counts{}, families: map[v1alpha1.IPFamily]allocator.Counts{},
 	}
 	if t := l.tallies[policy.Name]; t != nil {

@@ -96,8 +96,10 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if _, err := get(ctx, r.client, req.NamespacedName, &assignment); err != nil {
 		return ctrl.Result{}, err
 	}
+	epoch := r.ledger.epoch()
 	policy, spec, err := r.covering(ctx, svc, assignment)
 	if errors.Is(err, errPolicyInvalid) {
+		r.ledger.covered(req.NamespacedName, "", epoch)
 		ctrl.LoggerFrom(ctx).Info("The Service stays as it is", "because", err.Error())
 		return ctrl.Result{}, nil // an edit of the policy has it looked at again
 	}
@@ -105,8 +107,10 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		return ctrl.Result{}, err
 	}
 	if policy == nil {
+		r.ledger.covered(req.NamespacedName, "", epoch)
 		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, svc)
 	}
+	r.ledger.covered(req.NamespacedName, policy.Name, epoch)
 	additional, shortage, err := r.allocate(ctx, svc, policy, assignment)
 	if err != nil {
 		return ctrl.Result{}, err
@@ -118,6 +122,7 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if err := r.releaseSurplus(ctx, req.NamespacedName); err != nil {
 		return ctrl.Result{}, err
 	}
+	r.ledger.settled(req.NamespacedName, epoch, assignment.Generation)
 	if shortage == nil {
 		r.ledger.served(req.NamespacedName)
 	} else if left := r.unreported(assignment, shortage); left > 0 {
