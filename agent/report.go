@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -33,6 +35,7 @@ const (
 type reporter struct {
 	log     logr.Logger
 	version string
+	bootID  string
 	// write replaces the status of this node's object.
 	write func(context.Context, *v1alpha1.NodeProxyStateStatus) error
 
@@ -47,7 +50,13 @@ type reporter struct {
 }
 
 func newReporter(log logr.Logger, version string, write func(context.Context, *v1alpha1.NodeProxyStateStatus) error) *reporter {
-	return &reporter{log: log, version: version, write: write, interval: defaultReportInterval, news: make(chan struct{}, 1)}
+	return &reporter{log: log, version: version, bootID: bootID(), write: write, interval: defaultReportInterval, news: make(chan struct{}, 1)}
+}
+
+// bootID identifies the running kernel's boot the way kubelets do; empty if the kernel does not tell.
+func bootID() string {
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it a reboot goes unnoticed until this agent reports, which is all that is lost
+	return strings.TrimSpace(string(id))
 }
 
 // publish makes r the newest report.
@@ -169,6 +178,7 @@ func (r *reporter) status() *v1alpha1.NodeProxyStateStatus {
 		Services:              int32(l.Services),
 		Endpoints:             int32(l.Endpoints),
 		DriftRepairs:          l.DriftRepairs,
+		BootID:                r.bootID,
 		AgentVersion:          r.version,
 	}
 	for i := range status.Modes {

@@ -338,10 +338,18 @@ func (r *serviceReconciler) releaseSurplus(ctx context.Context, key types.Namesp
 		return err
 	}
 	for _, lock := range surplus {
-		if claim := r.ledger.claim(lock); claim != nil {
-			if err := release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName)); err != nil {
+		claim := r.ledger.claim(lock)
+		if claim == nil { // this process took it a moment ago, and the informer has not brought it yet: nothing else would come back for it
+			found, err := get(ctx, r.live, types.NamespacedName{Name: lock.Name()}, &claim)
+			if err != nil {
 				return err
 			}
+			if hold, held := r.ledger.held(lock); !found || !held || holdOf(claim) != hold {
+				continue
+			}
+		}
+		if err := release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName)); err != nil {
+			return err
 		}
 	}
 	return nil

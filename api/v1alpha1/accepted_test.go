@@ -110,7 +110,7 @@ serviceSelector: {}`))
 				serviceRanges: [` + counts("cidr: 10.99.0.0/16, ready: true, foreign: 2, serviceCIDR: serviceproxy-abc") + `], nodePorts: {total: 10, allocated: 1, quarantined: 0, free: 9},
 				services: {covered: 2, assigned: 2, programmed: 1, waiting: 0}, nodes: {selected: 3, ready: 3, unsupported: 0}}`,
 			"ServiceAssignment": `{observedGeneration: 1, conditions: [` + condition("Programmed") + `], nodes: {desired: 3, programmed: 3}}`,
-			"NodeProxyState": `{assignmentRevision: "12", endpointSliceRevision: "13", lastAppliedTime: "2026-01-01T00:00:00Z", services: 1, endpoints: 2, driftRepairs: 3, agentVersion: v0.1.0,
+			"NodeProxyState": `{assignmentRevision: "12", endpointSliceRevision: "13", lastAppliedTime: "2026-01-01T00:00:00Z", services: 1, endpoints: 2, driftRepairs: 3, bootID: 6c0e7a5e-2b1a-4b57-9c3f-0d8a6d8d4c11, agentVersion: v0.1.0,
 				modes: [{mode: NFTables, available: true, services: 1}, {mode: IPVS, available: false, message: no ip_vs, services: 0}], conditions: [` + condition("Ready") + `]}`,
 		} {
 			made := object(kind)

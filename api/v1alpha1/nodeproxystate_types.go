@@ -74,6 +74,12 @@ type NodeProxyStateStatus struct {
 	// +optional
 	DriftRepairs int64 `json:"driftRepairs,omitempty"`
 
+	// bootID identifies the boot of the node's kernel that this report is about, as the Node's status.nodeInfo.bootID does. A report of
+	// an earlier boot says nothing: its rules are gone.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	BootID string `json:"bootID,omitempty"`
+
 	// agentVersion is the version of the agent.
 	// +optional
 	// +kubebuilder:validation:MaxLength=128

@@ -419,9 +419,10 @@ func nodeStateRejections() []rejection {
 		spec(`{reportInterval: often}`, `spec.reportInterval: Invalid value: "often": must be a duration such as 200ms, 1s or 1m`),
 		spec(`{reportInterval: 0.1000000000000000000s}`, `spec.reportInterval: Too long: may not be more than 20 bytes`),
 
-		status(`{assignmentRevision: "`+strings.Repeat("1", 65)+`", endpointSliceRevision: "`+strings.Repeat("1", 65)+`", agentVersion: `+strings.Repeat("v", 129)+`}`,
+		status(`{assignmentRevision: "`+strings.Repeat("1", 65)+`", endpointSliceRevision: "`+strings.Repeat("1", 65)+`", agentVersion: `+strings.Repeat("v", 129)+`, bootID: `+strings.Repeat("b", 65)+`}`,
 			`status.agentVersion: Too long: may not be more than 128 bytes`,
 			`status.assignmentRevision: Too long: may not be more than 64 bytes`,
+			`status.bootID: Too long: may not be more than 64 bytes`,
 			`status.endpointSliceRevision: Too long: may not be more than 64 bytes`),
 		status(`{modes: [{}]}`, `status.modes[0].available: Required value`, `status.modes[0].mode: Required value`, `status.modes[0].services: Required value`),
 		status(`{modes: [{mode: XDP, available: false, services: 0, message: `+strings.Repeat("x", 1025)+`}]}`,

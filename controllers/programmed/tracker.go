@@ -48,6 +48,7 @@ type tracker struct {
 type trackedNode struct {
 	node
 	uid      types.UID // of the Node; empty: there is none
+	bootID   string    // of the Node; empty: not known
 	labels   labels.Set
 	reported *report // nil: there is no NodeProxyState
 }
@@ -55,6 +56,7 @@ type trackedNode struct {
 // report is what a NodeProxyState says.
 type report struct {
 	nodeUID  types.UID // the Node that owns it; empty: no Node does
+	bootID   string    // of the kernel that it is about; empty: not known
 	given    bool      // an agent wrote it
 	holds    marks
 	modes    []v1alpha1.NodeProxyMode
@@ -132,7 +134,7 @@ func (t *tracker) setNode(n *corev1.Node) {
 	if tracked.uid != n.UID || !maps.Equal(tracked.labels, n.Labels) {
 		t.nodesEpoch++
 	}
-	tracked.uid, tracked.labels = n.UID, n.Labels
+	tracked.uid, tracked.labels, tracked.bootID = n.UID, n.Labels, n.Status.NodeInfo.BootID
 	tracked.ready = n.DeletionTimestamp.IsZero() && slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
 		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 	})
@@ -143,7 +145,7 @@ func (t *tracker) deleteNode(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	tracked := t.node(name)
-	tracked.uid, tracked.labels, tracked.ready = "", nil, false
+	tracked.uid, tracked.labels, tracked.bootID, tracked.ready = "", nil, "", false
 	tracked.settle()
 	t.nodesEpoch++
 	t.forget(tracked)
@@ -153,7 +155,7 @@ func (t *tracker) setState(s *v1alpha1.NodeProxyState) {
 	r := &report{
 		given: !reflect.ValueOf(s.Status).IsZero(),
 		holds: marks{parseRevision(s.Status.AssignmentRevision), parseRevision(s.Status.EndpointSliceRevision)},
-		modes: s.Status.Modes,
+		modes: s.Status.Modes, bootID: s.Status.BootID,
 	}
 	for _, o := range s.OwnerReferences {
 		if o.APIVersion == "v1" && o.Kind == "Node" {
@@ -193,10 +195,11 @@ func (t *tracker) forget(n *trackedNode) {
 	}
 }
 
-// settle takes over the report if it is about this Node: what an earlier Node of that name held is gone with it.
+// settle takes over the report if it is about this Node in its present boot: what an earlier Node of that name held is gone with it, and a kernel
+// that booted holds nothing until its agent reports again.
 func (n *trackedNode) settle() {
 	n.reports, n.holds, n.modes = false, marks{}, nil
-	if r := n.reported; r != nil && r.given && (r.nodeUID == "" || r.nodeUID == n.uid) {
+	if r := n.reported; r != nil && r.given && (r.nodeUID == "" || r.nodeUID == n.uid) && (r.bootID == "" || n.bootID == "" || r.bootID == n.bootID) {
 		n.reports, n.holds, n.modes = true, r.holds, r.modes
 	}
 }

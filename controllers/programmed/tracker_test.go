@@ -377,6 +377,36 @@ func TestRecreatedNodeHoldsNothing(t *testing.T) {
 	w.expect(t, "web: WaitingForNodes")
 }
 
+func TestRebootedNodeHoldsNothing(t *testing.T) {
+	w := newWorld()
+	w.addNode("b", true, nil)
+	boots := func(id string) {
+		w.setNode(&corev1.Node{
+			ObjectMeta: metav1.ObjectMeta{Name: "a", UID: "uid-a"},
+			Status: corev1.NodeStatus{
+				NodeInfo:   corev1.NodeSystemInfo{BootID: id},
+				Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}},
+			},
+		})
+	}
+	reports := func(id string) {
+		w.setState(&v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Status: v1alpha1.NodeProxyStateStatus{
+			BootID: id, AssignmentRevision: strconv.Itoa(w.revision), EndpointSliceRevision: strconv.Itoa(w.revision),
+		}})
+	}
+	boots("first")
+	w.slice("web", "10.244.1.2")
+	w.assign("web")
+	reports("first")
+	boots("second") // before the other node catches up
+	w.report("b")
+	w.step(soon)
+	w.expect(t, "web: WaitingForNodes")
+	reports("second")
+	w.step(soon)
+	w.expect(t, "web: Programmed")
+}
+
 func TestStatusThatSomeoneElseChangedIsRestored(t *testing.T) {
 	w := newWorld()
 	w.addNode("a", true, nil)
