@@ -40,6 +40,9 @@ type balancer struct {
 	// size is the number of slots to draw from, a power of two.
 	size int
 	masq masquerade
+	// pin makes clients keep their endpoint; draw only chooses one, for balancers that pin.
+	pin  pin
+	draw bool
 }
 
 func (b balancer) name() string {
@@ -47,10 +50,19 @@ func (b balancer) name() string {
 	if b.hash {
 		algorithm = "hash"
 	}
-	return shardName(b.door, b.shard) + "-" + algorithm + "-" + strconv.Itoa(b.size) + masqueradeSuffix[b.masq]
+	kind := ""
+	switch {
+	case b.draw:
+		kind = drawSuffix
+	case b.pin != pin{}:
+		kind = pinSuffix
+	}
+	return shardName(b.door, b.shard) + kind + "-" + algorithm + "-" + strconv.Itoa(b.size) + masqueradeSuffix[b.masq] + b.pin.suffix()
 }
 
 func parseBalancer(name string) (b balancer, ok bool) {
+	whole := name
+	name, b.pin = cutPin(name)
 	for m, suffix := range masqueradeSuffix {
 		if base, found := strings.CutSuffix(name, suffix); found && suffix != "" {
 			name, b.masq = base, masquerade(m)
@@ -71,8 +83,10 @@ func parseBalancer(name string) (b balancer, ok bool) {
 		return b, false
 	}
 	b.hash = algorithm == "hash"
+	name, b.draw = strings.CutSuffix(name, drawSuffix)
+	name = strings.TrimSuffix(name, pinSuffix)
 	b.door, b.shard, ok = parseShard(name)
-	return b, ok
+	return b, ok && b.name() == whole && (!b.draw || b.pin == pin{})
 }
 
 func cutLast(s, sep string) (before, after string, found bool) {
@@ -85,6 +99,9 @@ func cutLast(s, sep string) (before, after string, found bool) {
 // rules are rejection sampling: draw a slot, translate if it holds an endpoint; the lookup of a hole ends the rule, and the next
 // one draws again. So the choice is exactly uniform whatever slots are filled, and no rule changes when an endpoint does.
 func (b balancer) rules(f *family) []*nfnl.Rule {
+	if b.draw {
+		return b.drawRules(f)
+	}
 	var rules []*nfnl.Rule
 	switch b.masq {
 	case masqueradeAll:
@@ -94,6 +111,18 @@ func (b balancer) rules(f *family) []*nfnl.Rule {
 	case masqueradeOffCluster:
 		rules = append(rules, jump(nfnl.NewRule(), chainOffCluster))
 	}
+	if b.pin != (pin{}) {
+		return append(rules, b.pinRules(f)...)
+	}
+	rules = append(rules, b.attempts(f, b.translate)...)
+	// Only a packet that the change to another verdict overtook gets here. Untranslated, its connection would be recorded as
+	// one to the service address itself and stay lost; discarded, the next packet finds the new verdict.
+	return append(rules, nfnl.NewRule().Verdict(nfnl.Verdict{Code: nfnl.Drop}))
+}
+
+// attempts are rules that draw a slot and end with what then gives for the key at R0.
+func (b balancer) attempts(f *family, then func(*family, *nfnl.Rule) *nfnl.Rule) []*nfnl.Rule {
+	var rules []*nfnl.Rule
 	if b.size > 1 {
 		for try := range uint32(tries) {
 			r := nfnl.NewRule()
@@ -106,18 +135,16 @@ func (b balancer) rules(f *family) []*nfnl.Rule {
 			} else {
 				r.Random(slot, uint32(b.size))
 			}
-			rules = append(rules, b.translate(f, r))
+			rules = append(rules, then(f, r))
 		}
 	}
 	// Twice, because a lookup can miss an element that is replaced at that very moment.
 	for range 2 {
 		r := nfnl.NewRule()
 		r.Random(f.loadKey(r, b.door), 1) // nft has no constant in a concatenation; below one there is only slot 0
-		rules = append(rules, b.translate(f, r))
+		rules = append(rules, then(f, r))
 	}
-	// Only a packet that the change to another verdict overtook gets here. Untranslated, its connection would be recorded as
-	// one to the service address itself and stay lost; discarded, the next packet finds the new verdict.
-	return append(rules, nfnl.NewRule().Verdict(nfnl.Verdict{Code: nfnl.Drop}))
+	return rules
 }
 
 func (b balancer) translate(f *family, r *nfnl.Rule) *nfnl.Rule {

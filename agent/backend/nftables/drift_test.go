@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -33,7 +34,12 @@ func awaitDrift(t *testing.T, b *Backend) {
 
 // TestDrift: whatever someone else does to our table is signalled, named by Verify, and repaired by Apply with a nil state.
 func TestDrift(t *testing.T) {
-	allowed := gate{families[0].sourcesOf(someRanges), balancer{size: 2, masq: masqueradeAll}}.name()
+	udp := web(0, forwarding.UDP)
+	udp.Key.Name, udp.Affinity = "all-0", 3*time.Hour
+	pinning := balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}.name()
+	allowed := gate{families[0].sourcesOf(someRanges), balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}}.name()
+	number := families[0].numbers(slots{10, 244, 1, 11, 8080 >> 8, 8080 & 0xff})[0]
+	second := fmt.Sprintf("10.99.0.1 . udp . 80 . %x:%x", number>>16, number&0xffff)
 	const element = "ip serviceproxy services.0 { 10.99.0.1 . tcp . 80 . %s }"
 	for _, c := range []struct {
 		name, nft string
@@ -54,8 +60,20 @@ func TestDrift(t *testing.T) {
 		{"rule", "flush chain ip serviceproxy postrouting", []string{"ip serviceproxy chain postrouting: differs: its rules are others"}},
 		{"source ranges flushed", "flush chain ip serviceproxy " + allowed, []string{"ip serviceproxy chain " + allowed + ": differs: its rules are others"}},
 		{"another source range", "insert rule ip serviceproxy " + allowed + " accept", []string{"ip serviceproxy chain " + allowed + ": differs: its rules are others"}},
-		{"source ranges passed by", "delete element ip serviceproxy services { 198.51.100.7 . udp . 80 }; add element ip serviceproxy services { 198.51.100.7 . udp . 80 : goto services.0-random-2-masq }",
+		{"source ranges passed by", "delete element ip serviceproxy services { 198.51.100.7 . udp . 80 }; add element ip serviceproxy services { 198.51.100.7 . udp . 80 : goto " + pinning + " }",
 			[]string{"ip serviceproxy map services element 198.51.100.7 . udp . 80: differs: another verdict"}},
+		{"draw", "delete element ip serviceproxy services.0-draws { 10.99.0.1 . udp . 80 . 1 }", []string{"ip serviceproxy map services.0-draws element 10.99.0.1 . udp . 80 . 1: missing"}},
+		{"draw of slot 0", "delete element ip serviceproxy services.0-draws { 10.99.0.1 . udp . 80 . 0 }", []string{"ip serviceproxy map services.0-draws element 10.99.0.1 . udp . 80 . 0: missing"}},
+		{"foreign draw", "add element ip serviceproxy services.0-draws { 10.99.0.1 . udp . 80 . 3 : 8000:1 }", []string{"ip serviceproxy map services.0-draws element 10.99.0.1 . udp . 80 . 3: unexpected"}},
+		{"draw twice", fmt.Sprintf("add element ip serviceproxy services.0-draws { 10.99.0.1 . udp . 80 . 3 : %x:%x }", number>>16, number&0xffff), []string{"ip serviceproxy map services.0-draws element 10.99.0.1 . udp . 80 . 3: unexpected"}},
+		{"pinned", "delete element ip serviceproxy services.0-pinned { " + second + " }", []string{"ip serviceproxy map services.0-pinned element " + second + ": missing"}},
+		{"foreign pinned", "add element ip serviceproxy services.0-pinned { 10.99.0.1 . udp . 80 . 8000:1 : 203.0.113.1 . 1 }", []string{"ip serviceproxy map services.0-pinned element 10.99.0.1 . udp . 80 . 8000:1: unexpected"}},
+		{"pinned elsewhere", "delete element ip serviceproxy services.0-pinned { " + second + " }; add element ip serviceproxy services.0-pinned { " + second + " : 203.0.113.1 . 1 }",
+			[]string{"ip serviceproxy map services.0-pinned element " + second + ": unexpected", "ip serviceproxy map services.0-pinned element " + second + ": missing"}},
+		{"foreign service that pins", "add element ip serviceproxy services.0-pinned { 10.99.9.9 . udp . 80 . 8000:1 : 203.0.113.1 . 1 }", []string{"ip serviceproxy map services.0-pinned element 10.99.9.9 . udp . 80 . 8000:1: unexpected"}},
+		{"both kinds of endpoint", "add element ip serviceproxy services.0 { 10.99.0.1 . udp . 80 . 0 : 203.0.113.1 . 1 }", []string{"ip serviceproxy map services.0 element 10.99.0.1 . udp . 80 . 0: unexpected"}},
+		{"pinning maps", "flush map ip serviceproxy services.0-draws; flush map ip serviceproxy services.0-pinned", []string{"ip serviceproxy map services.0-pinned element " + second + ": missing"}},
+		{"pinning chain", "flush chain ip serviceproxy " + pinning, []string{"ip serviceproxy chain " + pinning + ": differs: its rules are others"}},
 		{"foreign rule", "insert rule ip serviceproxy services.0-hash-4-offmasq accept", []string{"ip serviceproxy chain services.0-hash-4-offmasq: differs: its rules are others"}},
 		{"foreign chains", "add chain ip serviceproxy a; add chain ip serviceproxy b; add rule ip serviceproxy a jump b; add rule ip serviceproxy b tcp dport 1 counter",
 			[]string{"ip serviceproxy chain a: unexpected", "ip serviceproxy chain b: unexpected"}},
@@ -93,7 +111,7 @@ func TestDrift(t *testing.T) {
 			if drifts, err := b.Verify(context.Background(), want); err != nil || len(drifts) > 0 {
 				t.Errorf("after the repair: %v %v", drifts, err)
 			}
-			if got, want := kernelContent(t, b), wantContent(want); len(got) != len(want) {
+			if got, want := kernelContent(t, b), wantContent(want); !maps.Equal(got, want) {
 				t.Errorf("after the repair the kernel holds\n%v\nwant\n%v", got, want)
 			}
 		})

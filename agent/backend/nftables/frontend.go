@@ -25,6 +25,8 @@ type want struct {
 	masq   masquerade
 	// nodePorts are the addresses of the door's class, of both families.
 	nodePorts []netip.Prefix
+	// pin is how clients keep their endpoint.
+	pin pin
 	// sources are who may use it, and ranges what they are, of both families.
 	sources sources
 	ranges  []netip.Prefix
@@ -46,6 +48,9 @@ func addr16(a netip.Addr) (b [16]byte) {
 func (f *family) wants(to []want, s *forwarding.Service, offCluster bool) []want {
 	w := want{hash: s.Scheduler == forwarding.SourceHash}
 	w.key.proto, w.key.port = s.Key.Protocol, s.Key.Port
+	if s.Affinity > 0 {
+		w.pin = pinOf(s)
+	}
 	w.target = &s.Internal
 	if offCluster {
 		w.masq = masqueradeOffCluster

@@ -33,7 +33,7 @@ type family struct {
 	name                     string
 	addrLen, addrType        uint32
 	saddrOffset, daddrOffset uint32
-	destination              nfnl.Field
+	source, destination      nfnl.Field
 	loopback                 netip.Prefix
 	is                       func(netip.Addr) bool
 }
@@ -41,11 +41,11 @@ type family struct {
 var families = [...]*family{
 	{
 		proto: unix.NFPROTO_IPV4, name: "ip", addrLen: 4, addrType: typeIPv4, saddrOffset: 12, daddrOffset: 16,
-		destination: nfnl.IPv4Destination, loopback: netip.MustParsePrefix("127.0.0.0/8"), is: netip.Addr.Is4,
+		source: nfnl.IPv4Source, destination: nfnl.IPv4Destination, loopback: netip.MustParsePrefix("127.0.0.0/8"), is: netip.Addr.Is4,
 	},
 	{
 		proto: unix.NFPROTO_IPV6, name: "ip6", addrLen: 16, addrType: typeIPv6, saddrOffset: 8, daddrOffset: 24,
-		destination: nfnl.IPv6Destination, loopback: netip.MustParsePrefix("::1/128"), is: netip.Addr.Is6,
+		source: nfnl.IPv6Source, destination: nfnl.IPv6Destination, loopback: netip.MustParsePrefix("::1/128"), is: netip.Addr.Is6,
 	},
 }
 
@@ -56,6 +56,7 @@ const (
 	typeIPv6    = 8
 	typeProto   = 12
 	typeService = 13
+	typeClassID = 23 // of meta priority
 )
 
 func (f *family) words() nfnl.Reg { return nfnl.Reg(f.addrLen / 4) }
@@ -253,6 +254,7 @@ func (f *family) staticSets() []*nfnl.Set {
 		f.newSet(setServiceIPs, f.addrType),
 		f.newSet(setHairpin, f.addrType, f.addrType, typeProto, typeService),
 		f.doorMap(door{}), f.doorMap(door{here: true}),
+		f.pinMap(),
 	}
 }
 
@@ -305,6 +307,13 @@ func (f *family) postroutingRules() []*nfnl.Rule {
 	mark := nfnl.Host32(masqueradeMark)
 	zero := nfnl.Host32(0)
 	return []*nfnl.Rule{
+		// What a pinning balancer left there is of no use any more, and no other's to see.
+		nfnl.NewRule().Meta(nfnl.R0, unix.NFT_META_PRIORITY).Bitwise(nfnl.R0, nfnl.Host32(endpointNumber), zero).Equal(nfnl.R0, nfnl.Host32(endpointNumber)).
+			Load(nfnl.R0, zero).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0),
+		nfnl.NewRule().Meta(nfnl.R0, unix.NFT_META_MARK).Bitwise(nfnl.R0, mark, zero).Equal(nfnl.R0, mark).
+			// The mark goes, so that a tunnel's outer packet, which inherits it, is not masqueraded as well.
+			Meta(nfnl.R0, unix.NFT_META_MARK).Bitwise(nfnl.R0, nfnl.Host32(1<<32-1), mark).SetMeta(unix.NFT_META_MARK, nfnl.R0).
+			Masquerade(),
 		// Only what was translated: an endpoint that calls itself directly must keep its source port.
 		nfnl.NewRule().CtStatus(nfnl.R0).Bitwise(nfnl.R0, nfnl.Host32(ctStatusDNAT), zero).NotEqual(nfnl.R0, zero).
 			Payload(nfnl.R0, unix.NFT_PAYLOAD_NETWORK_HEADER, f.saddrOffset, f.addrLen).
@@ -312,10 +321,6 @@ func (f *family) postroutingRules() []*nfnl.Rule {
 			Meta(nfnl.R0+2*w, unix.NFT_META_L4PROTO).
 			Payload(nfnl.R0+2*w+1, unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2).
 			InSet(setHairpin, nfnl.R0).Masquerade(),
-		nfnl.NewRule().Meta(nfnl.R0, unix.NFT_META_MARK).Bitwise(nfnl.R0, mark, zero).Equal(nfnl.R0, mark).
-			// The mark goes, so that a tunnel's outer packet, which inherits it, is not masqueraded as well.
-			Meta(nfnl.R0, unix.NFT_META_MARK).Bitwise(nfnl.R0, nfnl.Host32(1<<32-1), mark).SetMeta(unix.NFT_META_MARK, nfnl.R0).
-			Masquerade(),
 	}
 }
 
@@ -388,6 +393,9 @@ func formatPart(typ uint32, v []byte) string {
 		return strconv.Itoa(int(v[0]))
 	case typeService:
 		return strconv.Itoa(int(binary.BigEndian.Uint16(v)))
+	case typeClassID:
+		n := binary.NativeEndian.Uint32(v)
+		return fmt.Sprintf("%x:%x", n>>16, n&0xffff)
 	}
 	return strconv.FormatUint(uint64(binary.NativeEndian.Uint32(v)), 10)
 }

@@ -62,6 +62,8 @@ type doorState struct {
 type shard struct {
 	set                     *nfnl.Set
 	index, elements, fronts int
+	// draws and pinned are what the shard has for frontends that pin, nil if there never was one.
+	draws, pinned *nfnl.Set
 }
 
 // memberSet is a plain set whose entries several services may share.
@@ -90,6 +92,8 @@ type frontend struct {
 	gate     *gateState // nil if everybody may use it
 	shard    *shard     // nil if slots is empty
 	slots    slots
+	// pins says that the slots are in the shard's draws and pinned rather than in the endpoint map.
+	pins bool
 }
 
 func newMirror(f *family, clusterCIDRs []netip.Prefix) *mirror {
@@ -151,7 +155,10 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 	}
 	chains := append(m.staticChains(m.clusterCIDRs), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
 	for b := range m.balancers {
-		if m.shardOf(b) != nil {
+		if s := m.shardOf(b); s != nil {
+			if b.draw {
+				m.providePinning(b.door, s)
+			}
 			chains = append(chains, chain{name: b.name(), rules: b.rules(m.family)})
 		}
 	}
@@ -352,7 +359,7 @@ func (m *mirror) place(f *frontend, w *want) {
 			a = drop
 		}
 		m.setVerdict(w, f, a, balancer{})
-		m.setSlots(w.key, f, nil)
+		m.setSlots(w.key, f, nil, f.pins)
 		m.leaveShard(f)
 		return
 	}
@@ -360,8 +367,12 @@ func (m *mirror) place(f *frontend, w *want) {
 	if f.shard == nil {
 		m.enterShard(f, w.key.door, n)
 	}
-	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size))
-	m.setVerdict(w, f, balance, balancer{w.key.door, f.shard.index, w.hash, size, w.masq})
+	pins := w.pin != pin{}
+	if pins {
+		m.providePinning(w.key.door, f.shard)
+	}
+	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size), pins)
+	m.setVerdict(w, f, balance, balancer{door: w.key.door, shard: f.shard.index, hash: w.hash, size: size, masq: w.masq, pin: w.pin})
 }
 
 // remove takes a frontend away.
@@ -371,7 +382,7 @@ func (m *mirror) remove(key frontKey, f *frontend) {
 		m.tx.deleteElement(ds.set, m.doorKey(key))
 	}
 	m.unref(f)
-	m.setSlots(key, f, nil)
+	m.setSlots(key, f, nil, f.pins)
 	m.leaveShard(f)
 	delete(m.fronts, key)
 	ds.fronts--
@@ -379,29 +390,49 @@ func (m *mirror) remove(key frontKey, f *frontend) {
 }
 
 // setSlots changes the endpoints of a frontend element by element.
-func (m *mirror) setSlots(key frontKey, f *frontend, next slots) {
-	old := f.slots
+func (m *mirror) setSlots(key frontKey, f *frontend, next slots, pins bool) {
+	change := func(pins bool, old, next slots) {
+		if pins {
+			m.changePinned(key, f.shard, old, next)
+		} else {
+			m.changeSlots(key, f.shard, old, next)
+		}
+	}
+	if f.pins == pins {
+		change(pins, f.slots, next)
+	} else {
+		change(pins, nil, next)
+		change(f.pins, f.slots, nil)
+	}
+	f.slots, f.pins = next, pins
+}
+
+func (m *mirror) changeSlots(key frontKey, s *shard, old, next slots) {
 	same := func(i int) bool {
 		return i < m.slotCount(old) && i < m.slotCount(next) && bytes.Equal(m.slot(old, i), m.slot(next, i))
 	}
 	for i := range m.slotCount(old) {
 		if !empty(m.slot(old, i)) && !same(i) {
-			m.tx.deleteElement(f.shard.set, m.slotKey(key, i))
-			f.shard.elements--
+			m.tx.deleteElement(s.set, m.slotKey(key, i))
+			s.elements--
 		}
 	}
 	for i := range m.slotCount(next) {
 		if !empty(m.slot(next, i)) && !same(i) {
-			m.tx.addElement(f.shard.set, m.slotKey(key, i), m.slotData(m.slot(next, i)))
-			f.shard.elements++
+			m.tx.addElement(s.set, m.slotKey(key, i), m.slotData(m.slot(next, i)))
+			s.elements++
 		}
 	}
-	f.slots = next
 }
 
 // setVerdict gives a frontend its verdict and makes the chains that it leads to.
 func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
 	if a == balance && m.balancers[b] == 0 {
+		if d, pins := b.drawing(); pins {
+			if m.balancers[d] == 0 {
+				m.provideChain(chain{name: d.name(), rules: d.rules(m.family)})
+			}
+		}
 		m.provideChain(chain{name: b.name(), rules: b.rules(m.family)})
 	}
 	var gs *gateState
@@ -422,7 +453,7 @@ func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
 		v.Chain = b.name()
 	}
 	if a == balance {
-		m.balancers[b]++
+		m.ref(b)
 	}
 	if gs != nil {
 		gs.uses++
@@ -441,11 +472,23 @@ func (m *mirror) provideChain(c chain) {
 	m.ensureChain(c)
 }
 
+// ref counts a frontend that uses a balancer.
+func (m *mirror) ref(b balancer) {
+	m.balancers[b]++
+	if d, pins := b.drawing(); pins {
+		m.balancers[d]++
+	}
+}
+
 // unref lets go of the chains that a frontend's verdict used.
 func (m *mirror) unref(f *frontend) {
 	if f.action == balance {
 		m.balancers[f.balancer]--
 		m.garbage = m.garbage || m.balancers[f.balancer] == 0
+		if d, pins := f.balancer.drawing(); pins {
+			m.balancers[d]--
+			m.garbage = m.garbage || m.balancers[d] == 0
+		}
 	}
 	if f.gate != nil {
 		f.gate.uses--
@@ -550,6 +593,9 @@ func (m *mirror) collect() {
 		for i, s := range ds.shards {
 			if s.fronts == 0 {
 				m.foreign = append(m.foreign, s.set)
+				if s.draws != nil {
+					m.foreign = append(m.foreign, s.draws, s.pinned)
+				}
 				delete(ds.shards, i)
 			}
 		}

@@ -86,6 +86,15 @@ func (m *mirror) describe(name string) *nfnl.Set {
 		return m.serviceIPs.set
 	case setHairpin:
 		return m.hairpin.set
+	case mapPins:
+		return m.pinMap()
+	}
+	if d, index, which, ok := parsePinning(name); ok {
+		draws, pinned := m.pinningMaps(d, index)
+		if which == drawsSuffix {
+			return draws
+		}
+		return pinned
 	}
 	if d, index, ok := parseShard(name); ok {
 		return m.endpointMap(d, index)
@@ -117,6 +126,9 @@ func (r reader) readElements(m *mirror, sets map[string]*nfnl.Set) error {
 		case m.describe(name) == nil || ok: // ok: a shard without a door is no use
 			m.foreign = append(m.foreign, sets[name])
 		}
+	}
+	if err := r.readPinning(m, sets); err != nil {
+		return err
 	}
 	for _, ds := range m.doors {
 		d, _ := parseDoor(ds.set.Name)
@@ -209,9 +221,9 @@ func (m *mirror) adoptVerdict(d door, e nfnl.Element) {
 		f.action = drop
 	case e.Verdict.Code == nfnl.Goto && target == chainRefuse:
 		f.action = refuse
-	case e.Verdict.Code == nfnl.Goto && isBalancer && b.door == d && b.size <= maxSlot:
+	case e.Verdict.Code == nfnl.Goto && isBalancer && b.door == d && !b.draw && b.size <= maxSlot:
 		f.action, f.balancer = balance, b
-		m.balancers[b]++
+		m.ref(b)
 		m.grow(f, b.size)
 	default:
 		f.action = unknown

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -24,10 +25,11 @@ type frontendContent struct {
 	masq      masquerade
 	endpoints string
 	sources   sources
+	pin       pin
 }
 
 func contentOf(f *family, front *frontend) frontendContent {
-	c := frontendContent{action: front.action, hash: front.balancer.hash, masq: front.balancer.masq}
+	c := frontendContent{action: front.action, hash: front.balancer.hash, masq: front.balancer.masq, pin: front.balancer.pin}
 	var list []string
 	for i := range f.slotCount(front.slots) {
 		if s := f.slot(front.slots, i); !empty(s) {
@@ -57,6 +59,9 @@ func kernelContent(t rapidTB, b *Backend) map[string]frontendContent {
 			}
 			if front.action != balance {
 				continue
+			}
+			if front.pins != (front.balancer.pin != pin{}) {
+				t.Fatalf("%s %v: balancer %+v, slots that pin: %v", f.name, key, front.balancer, front.pins)
 			}
 			if empty(m.slot(front.slots, 0)) || m.slotCount(front.slots) != front.balancer.size || front.shard.index != front.balancer.shard {
 				t.Fatalf("%s %v: balancer %+v over %x", f.name, key, front.balancer, []byte(front.slots))
@@ -104,7 +109,7 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 				switch {
 				case len(list) > 0:
 					slices.Sort(list)
-					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " "), w.sources}
+					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " "), w.sources, w.pin}
 				case w.target.Action == forwarding.Drop:
 					c = frontendContent{action: drop}
 				}
@@ -148,6 +153,7 @@ func drawState(t *rapid.T) forwarding.State {
 		svc := &forwarding.Service{Key: forwarding.ServiceKey{Namespace: "ns", Name: fmt.Sprint("s", i), Port: 80, Protocol: forwarding.TCP}}
 		svc.Key.Protocol = rapid.SampledFrom([]forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP}).Draw(t, "protocol")
 		svc.Scheduler = rapid.SampledFrom([]forwarding.Scheduler{forwarding.Random, forwarding.SourceHash}).Draw(t, "scheduler")
+		svc.Affinity = rapid.SampledFrom([]time.Duration{0, 0, time.Second, 3 * time.Hour}).Draw(t, "affinity")
 		for family := range families {
 			if rapid.Bool().Draw(t, "service IP") {
 				ip := serviceIP.addr(family)
@@ -255,6 +261,7 @@ func everything() forwarding.State {
 				svc.External = forwarding.Target{Action: forwarding.Drop}
 			case 1:
 				svc.LoadBalancerIPs, svc.SourceRanges = svc.ExternalIPs, someRanges
+				svc.Affinity = 3 * time.Hour
 				svc.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("fd00::/15")}
 			case 2:
 				svc.Internal = forwarding.Target{}
@@ -273,9 +280,10 @@ func TestListedByNft(t *testing.T) {
 	list := nft(t, ns, "", "list", "ruleset")
 	nft(t, ns, list, "-c", "-f", "-")
 	for _, want := range []string{
-		"10.99.0.1 . tcp . 80 : goto services.0-hash-4-offmasq", "10.99.0.1 . udp . 80 . 2 : 10.244.1.12 . 8080",
+		"10.99.0.1 . tcp . 80 : goto services.0-hash-4-offmasq", "10.99.0.1 . tcp . 80 . 2 : 10.244.1.12 . 8080",
 		"fd00:99::1 . tcp . 80 . 0 : fd00:244:1::10 . 8080", "10.99.0.1 . sctp . 80 : goto refuse",
-		"ip saddr 192.0.2.0/30 goto services.0-random-2-masq", "ip6 saddr 2001:db8:1::/64 goto services.0-random-2-masq",
+		"ip saddr 192.0.2.0/30 goto services.0-pin-random-2-masq", "ip6 saddr 2001:db8:1::/64 goto services.0-pin-random-2-masq",
+		"timeout 3h : meta priority", "10.99.0.1 . udp . 80 . 2 : ", "meta l4proto . th dport . meta priority map @services.0-pinned",
 		"type nat hook prerouting priority dstnat - 5", "numgen random mod 4 map @services.0", "masquerade fully-random",
 	} {
 		if !strings.Contains(list, want) {
@@ -298,6 +306,12 @@ func TestNames(t *testing.T) {
 			shard: rapid.IntRange(0, 1000).Draw(t, "shard"), hash: rapid.Bool().Draw(t, "hash"),
 			size: 1 << rapid.IntRange(0, 20).Draw(t, "size"), masq: masquerade(rapid.IntRange(0, len(masqueradeSuffix)-1).Draw(t, "masquerade")),
 		}
+		switch {
+		case rapid.Bool().Draw(t, "pin"):
+			b.pin = pin{rapid.Uint64Min(1).Draw(t, "service"), rapid.Uint32Min(1).Draw(t, "timeout")}
+		case rapid.Bool().Draw(t, "draw"):
+			b.draw = true
+		}
 		if got, ok := parseBalancer(b.name()); !ok || got != b {
 			t.Fatalf("%s reads back as %+v (%v), want %+v", b.name(), got, ok, b)
 		}
@@ -312,7 +326,8 @@ func TestNames(t *testing.T) {
 			t.Fatalf("%s reads back as %v %d", shardName(b.door, b.shard), d, i)
 		}
 	})
-	for _, name := range []string{"", "refuse", "services", "services.0", "services.0-random-3", "services.0-first-2", "services.x-random-2", "nodeports-1.0-random-2", "services.0-random-2-other"} {
+	for _, name := range []string{"", "refuse", "services", "services.0", "services.0-random-3", "services.0-first-2", "services.x-random-2", "nodeports-1.0-random-2", "services.0-random-2-other",
+		"services.0-pin-random-2", "services.0-random-2-00000000000000ff-5ms", "services.0-pin-random-2-ff-5ms", "services.0-pin-random-2-00000000000000ff-5", "services.0-draw-random-2-00000000000000ff-5ms", "services.00-random-2"} {
 		if b, ok := parseBalancer(name); ok {
 			t.Errorf("%q is taken for %+v", name, b)
 		}

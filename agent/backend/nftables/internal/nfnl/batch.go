@@ -35,13 +35,16 @@ type Set struct {
 	KeyType, KeyLen   uint32
 	DataType, DataLen uint32
 	Map, Verdicts     bool
+	// Dynamic lets rules add elements that expire (see Rule.Remember), at most Size of them.
+	Dynamic bool
+	Size    uint32
 	// Userdata is nft's own annotation (see Typeof); it decides how a listing prints keys.
 	Userdata []byte
 }
 
 // SameShape says whether the kernel could hold the elements of both: everything but names and annotations is equal.
 func (s *Set) SameShape(o *Set) bool {
-	return s.KeyType == o.KeyType && s.KeyLen == o.KeyLen && s.Map == o.Map && s.Verdicts == o.Verdicts &&
+	return s.KeyType == o.KeyType && s.KeyLen == o.KeyLen && s.Map == o.Map && s.Verdicts == o.Verdicts && s.Dynamic == o.Dynamic &&
 		(s.Verdicts || (s.DataType == o.DataType && s.DataLen == o.DataLen))
 }
 
@@ -63,6 +66,8 @@ const (
 // Flags of a set that this package uses, and the data type that makes a map hold verdicts.
 const (
 	setFlagMap      = 0x8
+	setFlagTimeout  = 0x10
+	setFlagEval     = 0x20
 	dataTypeVerdict = 0xffffff00
 )
 
@@ -214,6 +219,9 @@ func (b *Batch) AddSet(s *Set) {
 	if s.Map || s.Verdicts {
 		flags |= setFlagMap
 	}
+	if s.Dynamic {
+		flags |= setFlagTimeout | setFlagEval
+	}
 	b.buf = appendU32(b.buf, unix.NFTA_SET_FLAGS, flags)
 	b.buf = appendU32(b.buf, unix.NFTA_SET_KEY_TYPE, s.KeyType)
 	b.buf = appendU32(b.buf, unix.NFTA_SET_KEY_LEN, s.KeyLen)
@@ -223,6 +231,11 @@ func (b *Batch) AddSet(s *Set) {
 	case s.Map:
 		b.buf = appendU32(b.buf, unix.NFTA_SET_DATA_TYPE, s.DataType)
 		b.buf = appendU32(b.buf, unix.NFTA_SET_DATA_LEN, s.DataLen)
+	}
+	if s.Dynamic {
+		n := b.nest(unix.NFTA_SET_DESC)
+		b.buf = appendU32(b.buf, unix.NFTA_SET_DESC_SIZE, s.Size)
+		b.closeNest(n)
 	}
 	b.setID++ // the kernel wants one, though everything here refers to sets by name
 	b.buf = appendU32(b.buf, unix.NFTA_SET_ID, b.setID)

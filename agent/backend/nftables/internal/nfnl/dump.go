@@ -234,6 +234,8 @@ func parseSet(f Family, body []byte) *Set {
 			s.Table.Name = cString(v)
 		case unix.NFTA_SET_NAME:
 			s.Name = cString(v)
+		case unix.NFTA_SET_FLAGS:
+			s.Dynamic = u32(v)&setFlagEval != 0
 		case unix.NFTA_SET_KEY_TYPE:
 			s.KeyType = u32(v)
 		case unix.NFTA_SET_KEY_LEN:

@@ -144,6 +144,48 @@ func (r *Rule) Random(dst Reg, mod uint32) *Rule {
 	})
 }
 
+// Constant loads a number where nft has no syntax for one, in a concatenation: it is listed as a random number below one plus an offset.
+func (r *Rule) Constant(dst Reg, v uint32) *Rule {
+	return r.expr("numgen", func(b []byte) []byte {
+		b = appendU32(b, unix.NFTA_NG_DREG, uint32(dst))
+		b = appendU32(b, unix.NFTA_NG_MODULUS, 1)
+		b = appendU32(b, unix.NFTA_NG_TYPE, unix.NFT_NG_RANDOM)
+		return appendU32(b, unix.NFTA_NG_OFFSET, v)
+	})
+}
+
+// Load loads a value.
+func (r *Rule) Load(dst Reg, v []byte) *Rule {
+	return r.expr("immediate", func(b []byte) []byte {
+		b = appendU32(b, unix.NFTA_IMMEDIATE_DREG, uint32(dst))
+		return appendValue(b, unix.NFTA_IMMEDIATE_DATA, v)
+	})
+}
+
+// Remember adds the key and data in registers to a dynamic map, for so many milliseconds. An element that is there stays for as long again, with the
+// data that it has. A full map ends the rule.
+func (r *Rule) Remember(set string, key, data Reg, timeout uint64) *Rule {
+	return r.dynset(set, unix.NFT_DYNSET_OP_UPDATE, key, data, timeout)
+}
+
+// Forget deletes the element of the key at a register from a dynamic map; the kernel wants a data register nevertheless.
+func (r *Rule) Forget(set string, key, data Reg) *Rule {
+	const opDelete = 2 // NFT_DYNSET_OP_DELETE
+	return r.dynset(set, opDelete, key, data, 0)
+}
+
+func (r *Rule) dynset(set string, op uint32, key, data Reg, timeout uint64) *Rule {
+	return r.expr("dynset", func(b []byte) []byte {
+		b = appendU32(b, unix.NFTA_DYNSET_SREG_KEY, uint32(key))
+		b = appendU32(b, unix.NFTA_DYNSET_SREG_DATA, uint32(data))
+		b = appendU32(b, unix.NFTA_DYNSET_OP, op)
+		if timeout != 0 {
+			b = appendBytes(b, unix.NFTA_DYNSET_TIMEOUT, binary.BigEndian.AppendUint64(nil, timeout))
+		}
+		return appendString(b, unix.NFTA_DYNSET_SET_NAME, set)
+	})
+}
+
 // Hash loads a hash below mod of the length bytes at src.
 func (r *Rule) Hash(dst, src Reg, length, mod, seed uint32) *Rule {
 	return r.expr("hash", func(b []byte) []byte {

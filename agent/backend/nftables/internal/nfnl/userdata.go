@@ -28,10 +28,13 @@ const (
 // Fields for Typeof. TCPPort stands for the port of any protocol: nft 1.0.6 cannot load a map again that it listed with
 // `typeof th dport` ("conflicting protocols specified: ip vs. th"), and the type of the two is the same.
 var (
+	IPv4Source      = payloadField(12, 11)
+	IPv6Source      = payloadField(13, 8)
 	IPv4Destination = payloadField(12, 12)
 	IPv6Destination = payloadField(13, 9)
 	TCPPort         = payloadField(8, 2)
 	L4Proto         = field(etypeMeta, appendTLV(nil, 0, word(16)))
+	Priority        = field(etypeMeta, appendTLV(nil, 0, word(2)))
 	Number          = field(etypeNumgen, appendTLV(appendTLV(appendTLV(nil, 0, word(1)), 1, word(2)), 2, word(0)))
 )
 
@@ -44,6 +47,9 @@ func field(etype uint32, data []byte) Field {
 }
 
 func concat(fields []Field) []byte {
+	if len(fields) == 1 {
+		return fields[0]
+	}
 	var list []byte
 	for i, f := range fields {
 		list = appendTLV(list, byte(i), f)

@@ -1,0 +1,353 @@
+package nftables
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"hash/fnv"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+)
+
+// pin is what a balancer that keeps clients at their endpoints knows of the service. The zero value: it does not.
+type pin struct {
+	// service identifies the Service port: all its frontends find the same pins.
+	service uint64
+	// timeout is how many milliseconds a pin outlives the client's last connection.
+	timeout uint32
+}
+
+// pinOf gives the pin of a service with affinity. Two services with the same hash would only take each other's pins for outdated.
+func pinOf(s *forwarding.Service) pin {
+	h := fnv.New64a()
+	fmt.Fprint(h, s.Key) // a hash.Hash never fails
+	return pin{max(h.Sum64(), 1), uint32(max(min(s.Affinity.Milliseconds(), 1<<32-1), 1))}
+}
+
+func (p pin) suffix() string {
+	if p == (pin{}) {
+		return ""
+	}
+	return fmt.Sprintf("-%016x-%dms", p.service, p.timeout)
+}
+
+func cutPin(name string) (rest string, p pin) {
+	rest, timeout, _ := cutLast(strings.TrimSuffix(name, "ms"), "-")
+	rest, service, ok := cutLast(rest, "-")
+	id, err1 := strconv.ParseUint(service, 16, 64)
+	ms, err2 := strconv.ParseUint(timeout, 10, 32)
+	if p = (pin{id, uint32(ms)}); !ok || err1 != nil || err2 != nil || p.suffix() == "" || rest+p.suffix() != name {
+		return name, pin{}
+	}
+	return rest, p
+}
+
+const (
+	mapPins = "pins"
+	// maxPins bounds the memory of pins. When it is reached, further clients are forwarded without one.
+	maxPins = 1 << 20
+
+	drawSuffix   = "-draw"
+	pinSuffix    = "-pin"
+	drawsSuffix  = "-draws"
+	pinnedSuffix = "-pinned"
+
+	// endpointNumber is set in every number of an endpoint.
+	endpointNumber = 1 << 31
+)
+
+// pinMap describes the map from service and client to the number of the client's endpoint. The kernel fills it; we never read it.
+func (f *family) pinMap() *nfnl.Set {
+	s := f.newSet(mapPins, typeInteger, typeInteger, f.addrType)
+	s.Map, s.DataType, s.DataLen, s.Dynamic, s.Size = true, typeClassID, 4, true, maxPins
+	s.Userdata = nfnl.Typeof([]nfnl.Field{nfnl.Number, nfnl.Number, f.source}, []nfnl.Field{nfnl.Priority})
+	return s
+}
+
+// pinningMaps describe what a shard has for frontends that pin: from door key and slot to the number of the endpoint, and from door
+// key and number to the endpoint. A pin holds a number, because that does not change when slots do.
+func (f *family) pinningMaps(d door, shard int) (draws, pinned *nfnl.Set) {
+	key := []nfnl.Field{nfnl.L4Proto, nfnl.TCPPort}
+	if d.class == 0 {
+		key = slices.Insert(key, 0, f.destination)
+	}
+	name := shardName(d, shard)
+	draws = f.newSet(name+drawsSuffix, append(f.keyTypes(d), typeInteger)...)
+	draws.Map, draws.DataType, draws.DataLen = true, typeClassID, 4
+	draws.Userdata = nfnl.Typeof(append(slices.Clone(key), nfnl.Number), []nfnl.Field{nfnl.Priority})
+	pinned = f.newSet(name+pinnedSuffix, append(f.keyTypes(d), typeClassID)...)
+	pinned.Map, pinned.DataType, pinned.DataLen = true, f.addrType<<6|typeService, f.addrLen+4
+	pinned.Userdata = nfnl.Typeof(append(slices.Clone(key), nfnl.Priority), []nfnl.Field{f.destination, nfnl.TCPPort})
+	return draws, pinned
+}
+
+// parsePinning reads the name of one of a shard's pinning maps; which is its suffix.
+func parsePinning(name string) (d door, index int, which string, ok bool) {
+	for _, which := range []string{drawsSuffix, pinnedSuffix} {
+		if base, found := strings.CutSuffix(name, which); found {
+			d, index, ok = parseShard(base)
+			return d, index, which, ok
+		}
+	}
+	return d, 0, "", false
+}
+
+// drawing gives the balancer that draws for one that pins.
+func (b balancer) drawing() (d balancer, pins bool) {
+	if b.pin == (pin{}) {
+		return d, false
+	}
+	return balancer{door: b.door, shard: b.shard, hash: b.hash, size: b.size, draw: true}, true
+}
+
+// drawRules put the number of an endpoint into the packet's priority and return.
+//
+// A rule cannot use what one map says as a key for another (nft 1.0.6 aborts when it lists that), so the number has to go through the packet. Its priority
+// is free for that between here and postrouting, which clears it: nothing routes or filters by it, as it would by the mark, and queueing comes later.
+func (b balancer) drawRules(f *family) []*nfnl.Rule {
+	return b.attempts(f, func(_ *family, r *nfnl.Rule) *nfnl.Rule {
+		return r.Map(shardName(b.door, b.shard)+drawsSuffix, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0).
+			Verdict(nfnl.Verdict{Code: nfnl.Return})
+	})
+}
+
+// pinRules forward to the endpoint that the client is pinned to, if this frontend still has it; else they draw one and pin it.
+func (b balancer) pinRules(f *family) []*nfnl.Rule {
+	const number = nfnl.R0 + 8 // the key takes at most six registers
+	pinKey := func(r *nfnl.Rule) *nfnl.Rule {
+		return r.Constant(nfnl.R0, uint32(b.pin.service>>32)).Constant(nfnl.R0+1, uint32(b.pin.service)).
+			Payload(nfnl.R0+2, unix.NFT_PAYLOAD_NETWORK_HEADER, f.saddrOffset, f.addrLen)
+	}
+	remember := func(r *nfnl.Rule) *nfnl.Rule {
+		return pinKey(r).Meta(number, unix.NFT_META_PRIORITY).Remember(mapPins, nfnl.R0, number, uint64(b.pin.timeout))
+	}
+	forward := func(r *nfnl.Rule) *nfnl.Rule {
+		r.Meta(f.loadKey(r, b.door), unix.NFT_META_PRIORITY)
+		return r.Map(shardName(b.door, b.shard)+pinnedSuffix, nfnl.R0, nfnl.R0).DNAT(f.proto, nfnl.R0, nfnl.R0+f.words())
+	}
+	d, _ := b.drawing()
+	rules := []*nfnl.Rule{forward(remember(pinKey(nfnl.NewRule()).Map(mapPins, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)))}
+	// Twice, because a lookup can miss an element that is replaced at that very moment.
+	for range 2 {
+		rules = append(rules, jump(nfnl.NewRule(), d.name()),
+			// An element that exists would keep its number. If the map is full, the rule ends here and the next one forwards.
+			remember(pinKey(nfnl.NewRule()).Meta(number, unix.NFT_META_PRIORITY).Forget(mapPins, nfnl.R0, number)),
+			forward(nfnl.NewRule()))
+	}
+	return append(rules, nfnl.NewRule().Verdict(nfnl.Verdict{Code: nfnl.Drop}))
+}
+
+// numbers gives the number of the endpoint in each slot, 0 for a hole. It is a hash of the endpoint, so that it is the same for all frontends and after
+// a restart. Endpoints with the same hash are numbered from there on; one of them loses its clients when another goes.
+func (f *family) numbers(s slots) []uint32 {
+	list := make([]uint32, f.slotCount(s))
+	filled := make([]int, 0, len(list))
+	for i := range list {
+		if !empty(f.slot(s, i)) {
+			filled = append(filled, i)
+		}
+	}
+	slices.SortFunc(filled, func(a, b int) int {
+		return cmp.Or(strings.Compare(string(f.slot(s, a)), string(f.slot(s, b))), cmp.Compare(a, b))
+	})
+	used := make(map[uint32]bool, len(filled))
+	for _, i := range filled {
+		h := fnv.New32a()
+		h.Write(f.slot(s, i)) // a hash.Hash never fails
+		n := h.Sum32()
+		for {
+			// All bits set would be listed as a word.
+			n = endpointNumber | n%(endpointNumber-1)
+			if !used[n] {
+				break
+			}
+			n = n - endpointNumber + 1
+		}
+		used[n] = true
+		list[i] = n
+	}
+	return list
+}
+
+// providePinning makes a shard have maps for frontends that pin.
+func (m *mirror) providePinning(d door, s *shard) {
+	if s.draws == nil {
+		s.draws, s.pinned = m.pinningMaps(d, s.index)
+		m.tx.addSet(s.draws)
+		m.tx.addSet(s.pinned)
+	}
+}
+
+// changePinned changes the endpoints of a frontend that pins. Numbers are there before and as long as slots lead to them.
+func (m *mirror) changePinned(key frontKey, s *shard, old, next slots) {
+	before, after := m.numbers(old), m.numbers(next)
+	endpoints := func(numbers []uint32, s slots) map[uint32]string {
+		set := make(map[uint32]string, len(numbers))
+		for i, n := range numbers {
+			if n != 0 {
+				set[n] = string(m.slot(s, i))
+			}
+		}
+		return set
+	}
+	gone, come := endpoints(before, old), endpoints(after, next)
+	at := func(list []uint32, i int) uint32 {
+		if i < len(list) {
+			return list[i]
+		}
+		return 0
+	}
+	for _, n := range slices.Sorted(maps.Keys(gone)) {
+		if come[n] != gone[n] {
+			m.tx.deleteElement(s.pinned, m.slotKey(key, int(n)))
+		}
+	}
+	for _, n := range slices.Sorted(maps.Keys(come)) {
+		if come[n] != gone[n] {
+			m.tx.addElement(s.pinned, m.slotKey(key, int(n)), m.slotData([]byte(come[n])))
+		}
+	}
+	for i := range max(len(before), len(after)) {
+		was, is := at(before, i), at(after, i)
+		if was == is {
+			continue
+		}
+		if was != 0 {
+			m.tx.deleteElement(s.draws, m.slotKey(key, i))
+			s.elements--
+		}
+		if is != 0 {
+			m.tx.addElement(s.draws, m.slotKey(key, i), binary.NativeEndian.AppendUint32(nil, is))
+			s.elements++
+		}
+	}
+}
+
+// pinning is what was read back of a frontend that pins.
+type pinning struct {
+	shard  *shard
+	draws  map[int]uint32
+	pinned map[uint32]string
+}
+
+// readPinning adopts the endpoints of frontends that pin.
+func (r reader) readPinning(m *mirror, sets map[string]*nfnl.Set) error {
+	read := map[frontKey]*pinning{}
+	for _, name := range slices.Sorted(maps.Keys(sets)) {
+		d, index, which, ok := parsePinning(name)
+		if !ok {
+			continue
+		}
+		var s *shard
+		if ds := m.doors[d]; ds != nil {
+			s = ds.shards[index]
+		}
+		if s == nil {
+			m.foreign = append(m.foreign, sets[name])
+			continue
+		}
+		if s.draws == nil {
+			s.draws, s.pinned = m.pinningMaps(d, index)
+			for _, set := range []*nfnl.Set{s.draws, s.pinned} {
+				if sets[set.Name] == nil {
+					m.tx.addSet(set)
+				}
+			}
+		}
+		set := s.draws
+		if which == pinnedSuffix {
+			set = s.pinned
+		}
+		if err := r.check(r.conn.Elements(set, func(e nfnl.Element) { m.adoptPinning(d, s, set, e, read) })); err != nil {
+			return err
+		}
+	}
+	for key, p := range read {
+		m.resolve(key, p)
+	}
+	return nil
+}
+
+func (m *mirror) adoptPinning(d door, s *shard, set *nfnl.Set, e nfnl.Element, read map[frontKey]*pinning) {
+	k, rest, ok := m.parseKey(d, e.Key)
+	if !ok || len(rest) < 4 {
+		return
+	}
+	n := binary.NativeEndian.Uint32(rest)
+	p := read[k]
+	if p == nil {
+		p = &pinning{s, map[int]uint32{}, map[uint32]string{}}
+		read[k] = p
+	}
+	switch {
+	case p.shard != s:
+		m.strays = append(m.strays, stray{set, string(e.Key)})
+	case set == s.draws && len(e.Data) >= 4:
+		p.draws[int(n)] = binary.NativeEndian.Uint32(e.Data)
+	case set == s.pinned && len(e.Data) >= m.slotLen():
+		p.pinned[n] = string(e.Data[:m.slotLen()])
+	}
+}
+
+// resolve makes slots of what was read back of a frontend, and deletes what does not fit together.
+func (m *mirror) resolve(key frontKey, p *pinning) {
+	f := m.adopted(key)
+	var list slots
+	if f.shard == nil {
+		list = m.consistent(p)
+		f.shard, f.slots, f.pins = p.shard, list, true
+		p.shard.fronts++
+	}
+	numbers := m.numbers(list)
+	fits := map[uint32]string{}
+	for i, n := range numbers {
+		if n != 0 {
+			fits[n] = string(m.slot(list, i))
+			p.shard.elements++
+		}
+	}
+	for _, i := range slices.Sorted(maps.Keys(p.draws)) {
+		if i >= len(numbers) || numbers[i] == 0 {
+			m.tx.deleteElement(p.shard.draws, m.slotKey(key, i))
+		}
+	}
+	for _, n := range slices.Sorted(maps.Keys(p.pinned)) {
+		if fits[n] != p.pinned[n] {
+			m.tx.deleteElement(p.shard.pinned, m.slotKey(key, int(n)))
+		}
+	}
+}
+
+// consistent gives the slots whose numbers are in both maps and are the right ones.
+func (m *mirror) consistent(p *pinning) slots {
+	var f frontend
+	used := map[uint32]bool{}
+	for _, i := range slices.Sorted(maps.Keys(p.draws)) {
+		n := p.draws[i]
+		endpoint, exists := p.pinned[n]
+		if i < maxSlot && exists && !used[n] && !empty([]byte(endpoint)) {
+			used[n] = true
+			m.grow(&f, i+1)
+			copy(m.slot(f.slots, i), endpoint)
+		}
+	}
+	for {
+		wrong := false
+		for i, n := range m.numbers(f.slots) {
+			if n != 0 && n != p.draws[i] {
+				wrong = true
+				clear(m.slot(f.slots, i))
+			}
+		}
+		if !wrong {
+			return f.slots
+		}
+	}
+}
