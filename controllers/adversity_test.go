@@ -202,7 +202,7 @@ var _ = Describe("existing traffic goes on", func() {
 		t := newTenant()
 		t.policy("", ranges(t.v4))
 		svc := t.service("web", nil)
-		stop := runManager(quick, nil)
+		stop := startManager(quick, nil)
 		before := t.allocated(svc)
 		stop()
 		startManager(quick, func(inner client.Client) client.Client {

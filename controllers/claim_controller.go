@@ -99,10 +99,16 @@ func (r *claimReconciler) leak(ctx context.Context, claim *v1alpha1.AllocationCl
 	return ctrl.Result{}, release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName))
 }
 
+// addrLock is the lock on an address that the name stands for; not ok if it stands for anything else.
+func addrLock(claimName string) (lock allocator.Lock, ok bool) {
+	lock, err := allocator.ParseName(claimName)
+	return lock, err == nil && !lock.IsPort()
+}
+
 // orphan deletes a reservation of ours that no claim stands behind.
 func (r *claimReconciler) orphan(ctx context.Context, claimName string) (ctrl.Result, error) {
-	lock, err := allocator.ParseName(claimName)
-	if err != nil || lock.IsPort() {
+	lock, ok := addrLock(claimName)
+	if !ok {
 		return ctrl.Result{}, nil
 	}
 	var ip *networkingv1.IPAddress

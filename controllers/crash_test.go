@@ -135,7 +135,7 @@ var _ = Describe("a controller that is killed", func() {
 				t.service("b", func(s *corev1.Service) { s.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicyRequireDualStack) }),
 			}
 			var died atomic.Bool
-			stop := runManager(quick, dyingClient(n, &died))
+			stop := startManager(quick, dyingClient(n, &died))
 			Eventually(func() bool { // killed, or so far that it had no more to write
 				if died.Load() {
 					return true
@@ -153,7 +153,7 @@ var _ = Describe("a controller that is killed", func() {
 			// One Service goes and one comes again while no controller runs.
 			Expect(k8s.Delete(ctx, services[0])).To(Succeed())
 			services[0] = t.service("a", func(s *corev1.Service) { s.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicyRequireDualStack) })
-			stop = runManager(quick, nil)
+			stop = startManager(quick, nil)
 			Eventually(func(g Gomega) { t.consistent(g, policy.Name, services, 2) }).Should(Succeed(), "killed after write %d", n)
 			Expect(k8s.Delete(ctx, services[0])).To(Succeed())
 			Expect(k8s.Delete(ctx, services[1])).To(Succeed())

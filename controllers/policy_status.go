@@ -157,12 +157,12 @@ func (v policyView) programmed() metav1.Condition {
 	switch {
 	case v.nodes.Unsupported > 0:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonUnsupported, "nodes that cannot do the policy's proxyMode: "+strings.Join(v.unsupported, "; "))
-	case v.unsettled:
-		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every Service that the policy may cover has been assigned since it was changed")
-	case v.tally.covered == 0:
-		return condition(v1alpha1.PolicyProgrammed, true, reasonNoServices, "the policy covers no Service")
 	case v.tally.programmed < v.tally.covered:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every covered Service is programmed on every selected node that is Ready")
+	case v.unsettled:
+		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every Service that the policy may cover has been assigned since policies changed")
+	case v.tally.covered == 0:
+		return condition(v1alpha1.PolicyProgrammed, true, reasonNoServices, "the policy covers no Service")
 	}
 	return condition(v1alpha1.PolicyProgrammed, true, reasonProgrammed, "every covered Service is programmed on every selected node that is Ready")
 }

@@ -28,7 +28,7 @@ var _ = Describe("many older Services", func() {
 		})
 		wide := t.wide()
 		policy := t.policy("", ranges(wide))
-		stop := runManager(quick, nil)
+		stop := startManager(quick, nil)
 		Eventually(func(g Gomega) {
 			g.Expect(k8s.Get(ctx, client.ObjectKeyFromObject(policy), policy)).To(Succeed())
 			g.Expect(policy.Status.Services).To(Equal(v1alpha1.PolicyServicesStatus{Covered: n, Assigned: n}))
@@ -37,7 +37,7 @@ var _ = Describe("many older Services", func() {
 		stop()
 
 		var wrote writeCounter
-		stop = runManager(quick, wrote.count)
+		stop = startManager(quick, wrote.count)
 		Consistently(wrote.Load).WithTimeout(3*time.Second).Should(BeZero(), "writes after a restart with nothing changed")
 		stop()
 	})

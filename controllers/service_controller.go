@@ -125,23 +125,25 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	r.ledger.settled(req.NamespacedName, epoch, assignment.Generation)
 	if shortage == nil {
 		r.ledger.served(req.NamespacedName)
-	} else if left := r.unreported(assignment, shortage); left > 0 {
-		return ctrl.Result{RequeueAfter: left}, nil
+	}
+	again := r.unreported(assignment, shortage)
+	if again > 0 {
+		return ctrl.Result{RequeueAfter: again}, nil
 	}
 	if err := r.report(ctx, svc, assignment, policy, shortage); err != nil {
 		return ctrl.Result{}, err
 	}
 	if shortage != nil {
-		return ctrl.Result{RequeueAfter: r.options.RetryWaiting}, nil
+		again = r.options.RetryWaiting
 	}
-	return ctrl.Result{}, nil
+	return ctrl.Result{RequeueAfter: max(again, 0)}, nil
 }
 
 // unreported is for how long a new assignment goes without the condition Allocated because a range that was declared just now becomes ready any
 // moment: every Service of a new policy is in that state, and every agent would be told twice. The assignment itself does not wait, because traffic
 // to the ClusterIP works without the additional address.
 func (r *serviceReconciler) unreported(a *v1alpha1.ServiceAssignment, shortage error) time.Duration {
-	if errors.Is(shortage, allocator.ErrExhausted) || apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated) != nil {
+	if shortage == nil || errors.Is(shortage, allocator.ErrExhausted) || apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated) != nil {
 		return 0
 	}
 	return 5*r.options.RangeGrace - time.Since(a.CreationTimestamp.Time)

@@ -11,7 +11,8 @@ type RangeUse string
 const (
 	// RangeUseClusterIP ranges are registered with the API server as ServiceCIDRs and hold service IPs.
 	RangeUseClusterIP RangeUse = "ClusterIP"
-	// RangeUseLoadBalancer ranges are never registered as ServiceCIDRs and hold the addresses of load balancers.
+	// RangeUseLoadBalancer ranges are never registered as ServiceCIDRs and are meant for the addresses of load balancers.
+	// Nothing is given out of them yet.
 	RangeUseLoadBalancer RangeUse = "LoadBalancer"
 )
 
@@ -69,7 +70,7 @@ type ServiceRange struct {
 	CIDR string `json:"cidr"`
 
 	// use says what the addresses are for. ClusterIP ranges are registered with the API server as ServiceCIDRs.
-	// LoadBalancer ranges are not. Immutable for as long as the range is part of the policy.
+	// LoadBalancer ranges are not: they are counted and kept from other policies, but nothing is given out of them yet. Immutable for as long as the range is part of the policy.
 	// +optional
 	// +default="ClusterIP"
 	Use RangeUse `json:"use,omitempty"`
