@@ -54,7 +54,6 @@ const (
 	// maxPins bounds the memory of pins. When it is reached, further clients are forwarded without one.
 	maxPins = 1 << 20
 
-	drawSuffix   = "-draw"
 	pinSuffix    = "-pin"
 	drawsSuffix  = "-draws"
 	pinnedSuffix = "-pinned"
@@ -62,6 +61,19 @@ const (
 	// endpointNumber is set in every number of an endpoint.
 	endpointNumber = 1 << 31
 )
+
+// kind says what a balancer's chain is for.
+type kind uint8
+
+const (
+	balancing kind = iota
+	// drawing only draws an endpoint's number, and translating only translates to the endpoint of that number, for the balancers that pin. All services of a
+	// shard share them, because adding an element costs in proportion to the rules that use its map.
+	drawing
+	translating
+)
+
+var kindSuffix = [...]string{"", "-draw", "-translate"}
 
 // pinMap describes the map from service and client to the number of the client's endpoint. The kernel fills it; we never read it.
 func (f *family) pinMap() *nfnl.Set {
@@ -99,12 +111,20 @@ func parsePinning(name string) (d door, index int, which string, ok bool) {
 	return d, 0, "", false
 }
 
-// drawing gives the balancer that draws for one that pins.
-func (b balancer) drawing() (d balancer, pins bool) {
+// helpers are the balancers that one that pins jumps to.
+func (b balancer) helpers() []balancer {
 	if b.pin == (pin{}) {
-		return d, false
+		return nil
 	}
-	return balancer{door: b.door, shard: b.shard, hash: b.hash, size: b.size, draw: true}, true
+	draw, translate := b.helper(drawing), b.helper(translating)
+	return []balancer{draw, translate}
+}
+
+func (b balancer) helper(k kind) balancer {
+	if k == translating {
+		return balancer{door: b.door, shard: b.shard, size: 1, kind: k}
+	}
+	return balancer{door: b.door, shard: b.shard, hash: b.hash, size: b.size, kind: k}
 }
 
 // drawRules put the number of an endpoint into the packet's priority and return.
@@ -128,20 +148,24 @@ func (b balancer) pinRules(f *family) []*nfnl.Rule {
 	remember := func(r *nfnl.Rule) *nfnl.Rule {
 		return pinKey(r).Meta(number, unix.NFT_META_PRIORITY).Remember(mapPins, nfnl.R0, number, uint64(b.pin.timeout))
 	}
-	forward := func(r *nfnl.Rule) *nfnl.Rule {
-		r.Meta(f.loadKey(r, b.door), unix.NFT_META_PRIORITY)
-		return r.Map(shardName(b.door, b.shard)+pinnedSuffix, nfnl.R0, nfnl.R0).DNAT(f.proto, nfnl.R0, nfnl.R0+f.words())
-	}
-	d, _ := b.drawing()
-	rules := []*nfnl.Rule{forward(remember(pinKey(nfnl.NewRule()).Map(mapPins, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)))}
+	draw, translate := b.helper(drawing).name(), b.helper(translating).name()
+	pinned := pinKey(nfnl.NewRule()).Map(mapPins, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)
+	rules := []*nfnl.Rule{jump(remember(pinned), translate)}
 	// Twice, because a lookup can miss an element that is replaced at that very moment.
 	for range 2 {
-		rules = append(rules, jump(nfnl.NewRule(), d.name()),
+		rules = append(rules, jump(nfnl.NewRule(), draw),
 			// An element that exists would keep its number. If the map is full, the rule ends here and the next one forwards.
 			remember(pinKey(nfnl.NewRule()).Meta(number, unix.NFT_META_PRIORITY).Forget(mapPins, nfnl.R0, number)),
-			forward(nfnl.NewRule()))
+			jump(nfnl.NewRule(), translate))
 	}
 	return append(rules, nfnl.NewRule().Verdict(nfnl.Verdict{Code: nfnl.Drop}))
+}
+
+// translatePinned translates to the endpoint whose number is in the packet's priority, if the frontend has it.
+func (b balancer) translatePinned(f *family) *nfnl.Rule {
+	r := nfnl.NewRule()
+	r.Meta(f.loadKey(r, b.door), unix.NFT_META_PRIORITY)
+	return r.Map(shardName(b.door, b.shard)+pinnedSuffix, nfnl.R0, nfnl.R0).DNAT(f.proto, nfnl.R0, nfnl.R0+f.words())
 }
 
 // numbers gives the number of the endpoint in each slot, 0 for a hole. It is a hash of the endpoint, so that it is the same for all frontends and after

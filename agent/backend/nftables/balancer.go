@@ -40,9 +40,9 @@ type balancer struct {
 	// size is the number of slots to draw from, a power of two.
 	size int
 	masq masquerade
-	// pin makes clients keep their endpoint; draw only chooses one, for balancers that pin.
+	// pin makes clients keep their endpoint, with the help of chains of another kind.
 	pin  pin
-	draw bool
+	kind kind
 }
 
 func (b balancer) name() string {
@@ -50,14 +50,11 @@ func (b balancer) name() string {
 	if b.hash {
 		algorithm = "hash"
 	}
-	kind := ""
-	switch {
-	case b.draw:
-		kind = drawSuffix
-	case b.pin != pin{}:
-		kind = pinSuffix
+	suffix := kindSuffix[b.kind]
+	if b.pin != (pin{}) {
+		suffix = pinSuffix
 	}
-	return shardName(b.door, b.shard) + kind + "-" + algorithm + "-" + strconv.Itoa(b.size) + masqueradeSuffix[b.masq] + b.pin.suffix()
+	return shardName(b.door, b.shard) + suffix + "-" + algorithm + "-" + strconv.Itoa(b.size) + masqueradeSuffix[b.masq] + b.pin.suffix()
 }
 
 func parseBalancer(name string) (b balancer, ok bool) {
@@ -83,10 +80,15 @@ func parseBalancer(name string) (b balancer, ok bool) {
 		return b, false
 	}
 	b.hash = algorithm == "hash"
-	name, b.draw = strings.CutSuffix(name, drawSuffix)
+	for k := drawing; int(k) < len(kindSuffix); k++ {
+		if base, found := strings.CutSuffix(name, kindSuffix[k]); found {
+			name, b.kind = base, k
+			break
+		}
+	}
 	name = strings.TrimSuffix(name, pinSuffix)
 	b.door, b.shard, ok = parseShard(name)
-	return b, ok && b.name() == whole && (!b.draw || b.pin == pin{})
+	return b, ok && b.name() == whole && (b.kind == balancing || b.pin == pin{})
 }
 
 func cutLast(s, sep string) (before, after string, found bool) {
@@ -99,8 +101,11 @@ func cutLast(s, sep string) (before, after string, found bool) {
 // rules are rejection sampling: draw a slot, translate if it holds an endpoint; the lookup of a hole ends the rule, and the next
 // one draws again. So the choice is exactly uniform whatever slots are filled, and no rule changes when an endpoint does.
 func (b balancer) rules(f *family) []*nfnl.Rule {
-	if b.draw {
+	switch b.kind {
+	case drawing:
 		return b.drawRules(f)
+	case translating:
+		return []*nfnl.Rule{b.translatePinned(f)}
 	}
 	var rules []*nfnl.Rule
 	switch b.masq {

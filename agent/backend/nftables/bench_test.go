@@ -130,16 +130,26 @@ func BenchmarkChange(b *testing.B) {
 		name  string
 		dirty int
 		// shape gives a service's endpoints in a round: the number of the first, and how many.
-		shape func(round int) (first, n int)
+		shape    func(round int) (first, n int)
+		affinity time.Duration
 	}{
-		{"replaced", 1, replaced},
-		{"added-removed", 1, func(round int) (first, n int) { return 0, 10 + round%2 }},
-		{"replaced", 50, replaced},
+		{"replaced", 1, replaced, 0},
+		{"added-removed", 1, func(round int) (first, n int) { return 0, 10 + round%2 }, 0},
+		{"replaced", 50, replaced, 0},
+		{"replaced-affinity", 1, replaced, 3 * time.Hour},
 	} {
 		b.Run(fmt.Sprintf("%s/dirty=%d", c.name, c.dirty), func(b *testing.B) {
 			eachSize(b, func(b *testing.B, services int) {
 				be := newBackend(b, netns.NewT(b))
-				prev := benchState(services)
+				service := func(i, first, n int) *forwarding.Service {
+					s := benchService(i, first, n)
+					s.Affinity = c.affinity
+					return s
+				}
+				var prev forwarding.State
+				for i := range services {
+					prev = prev.With(service(i, 0, 10))
+				}
 				apply(b, be, nil, prev)
 				rounds := make([]int, services)
 				var took []time.Duration
@@ -153,7 +163,7 @@ func BenchmarkChange(b *testing.B) {
 						i = (i + 7919) % services
 						rounds[i]++
 						first, n := c.shape(rounds[i])
-						next = next.With(benchService(i, first, n))
+						next = next.With(service(i, first, n))
 					}
 					start := time.Now()
 					if err := be.Apply(context.Background(), &prev, next); err != nil {

@@ -156,7 +156,7 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 	chains := append(m.staticChains(m.clusterCIDRs), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
 	for b := range m.balancers {
 		if s := m.shardOf(b); s != nil {
-			if b.draw {
+			if b.kind != balancing {
 				m.providePinning(b.door, s)
 			}
 			chains = append(chains, chain{name: b.name(), rules: b.rules(m.family)})
@@ -428,9 +428,9 @@ func (m *mirror) changeSlots(key frontKey, s *shard, old, next slots) {
 // setVerdict gives a frontend its verdict and makes the chains that it leads to.
 func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
 	if a == balance && m.balancers[b] == 0 {
-		if d, pins := b.drawing(); pins {
-			if m.balancers[d] == 0 {
-				m.provideChain(chain{name: d.name(), rules: d.rules(m.family)})
+		for _, h := range b.helpers() {
+			if m.balancers[h] == 0 {
+				m.provideChain(chain{name: h.name(), rules: h.rules(m.family)})
 			}
 		}
 		m.provideChain(chain{name: b.name(), rules: b.rules(m.family)})
@@ -475,8 +475,8 @@ func (m *mirror) provideChain(c chain) {
 // ref counts a frontend that uses a balancer.
 func (m *mirror) ref(b balancer) {
 	m.balancers[b]++
-	if d, pins := b.drawing(); pins {
-		m.balancers[d]++
+	for _, h := range b.helpers() {
+		m.balancers[h]++
 	}
 }
 
@@ -485,9 +485,9 @@ func (m *mirror) unref(f *frontend) {
 	if f.action == balance {
 		m.balancers[f.balancer]--
 		m.garbage = m.garbage || m.balancers[f.balancer] == 0
-		if d, pins := f.balancer.drawing(); pins {
-			m.balancers[d]--
-			m.garbage = m.garbage || m.balancers[d] == 0
+		for _, h := range f.balancer.helpers() {
+			m.balancers[h]--
+			m.garbage = m.garbage || m.balancers[h] == 0
 		}
 	}
 	if f.gate != nil {

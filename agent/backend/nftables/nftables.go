@@ -378,9 +378,10 @@ func (f *family) sample(batch *nfnl.Batch) {
 		}
 		draws, pinned := f.pinningMaps(d, 0)
 		sets = append(sets, f.endpointMap(d, 0), draws, pinned)
-		draw := balancer{door: d, size: 2, draw: true}
 		pinning := balancer{door: d, size: 2, pin: pin{1, 1}}
-		chains = append(chains, chain{name: draw.name(), rules: draw.rules(f)}, chain{name: pinning.name(), rules: pinning.rules(f)})
+		for _, b := range append(pinning.helpers(), pinning) {
+			chains = append(chains, chain{name: b.name(), rules: b.rules(f)})
+		}
 		for m := range masqueradeSuffix {
 			b := balancer{door: d, size: 2, masq: masquerade(m), hash: m == 0}
 			chains = append(chains, chain{name: b.name(), rules: b.rules(f)})

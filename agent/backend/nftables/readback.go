@@ -221,7 +221,7 @@ func (m *mirror) adoptVerdict(d door, e nfnl.Element) {
 		f.action = drop
 	case e.Verdict.Code == nfnl.Goto && target == chainRefuse:
 		f.action = refuse
-	case e.Verdict.Code == nfnl.Goto && isBalancer && b.door == d && !b.draw && b.size <= maxSlot:
+	case e.Verdict.Code == nfnl.Goto && isBalancer && b.door == d && b.kind == balancing && b.size <= maxSlot:
 		f.action, f.balancer = balance, b
 		m.ref(b)
 		m.grow(f, b.size)

@@ -310,7 +310,7 @@ func TestNames(t *testing.T) {
 		case rapid.Bool().Draw(t, "pin"):
 			b.pin = pin{rapid.Uint64Min(1).Draw(t, "service"), rapid.Uint32Min(1).Draw(t, "timeout")}
 		case rapid.Bool().Draw(t, "draw"):
-			b.draw = true
+			b.kind = rapid.SampledFrom([]kind{drawing, translating}).Draw(t, "kind")
 		}
 		if got, ok := parseBalancer(b.name()); !ok || got != b {
 			t.Fatalf("%s reads back as %+v (%v), want %+v", b.name(), got, ok, b)
