@@ -11,6 +11,9 @@ BENCHTIME ?= 1s
 # The folder with kube-apiserver, etcd, kube-controller-manager and kubectl. Unset: built from source once, and cached.
 KUBERNETES = KUBEBUILDER_ASSETS=$$(hack/tools/kubernetes/build.sh)
 LINT = bin/golangci-lint
+# One set of flags for everything, so that programs, tests and the Kubernetes tools share what the compiler has done already.
+export CGO_ENABLED ?= 0
+export GOFLAGS := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
 
 .PHONY: help
 help: ## Show this list.
@@ -35,8 +38,8 @@ tools: ## Build the Kubernetes programs for tests and the demo, once.
 	@hack/tools/kubernetes/build.sh >/dev/null
 
 build: ## Build bin/serviceproxy-controller and bin/serviceproxy-agent.
-	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/serviceproxy-controller ./cmd/controller
-	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/serviceproxy-agent ./cmd/agent
+	go build -ldflags "-s -w -X main.version=$(VERSION)" -o bin/serviceproxy-controller ./cmd/controller
+	go build -ldflags "-s -w -X main.version=$(VERSION)" -o bin/serviceproxy-agent ./cmd/agent
 
 generate: ## Generate Go code from the API types.
 	go tool controller-gen object:headerFile=hack/boilerplate.go.txt paths=./api/...
@@ -62,7 +65,7 @@ vet: ## Run go vet.
 
 $(LINT): hack/tools/lint/go.mod hack/tools/lint/go.sum
 	@echo "building golangci-lint (once; some minutes on a cold build cache) ..."
-	CGO_ENABLED=0 go -C hack/tools/lint build -trimpath -o $(CURDIR)/$(LINT) github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	go -C hack/tools/lint build -o $(CURDIR)/$(LINT) github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 lint: $(LINT) ## Run golangci-lint, which also holds the import rules of the layout.
 	$(LINT) config verify
@@ -87,6 +90,7 @@ test-netns: ## Tests against a real kernel in network namespaces. Need root.
 e2e: ## Tests of everything together, in a cluster on this machine. Need root.
 	hack/test.sh e2e
 
+test-race: export CGO_ENABLED = 1
 test-race: ## Unit and envtest tests under the race detector. Needs a C compiler.
 	hack/test.sh unit -race
 	hack/test.sh envtest -race
