@@ -13,6 +13,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -295,5 +296,30 @@ var _ = Describe("a policy that was applied just now", func() {
 		Eventually(policyCondition(p, v1alpha1.PolicyProgrammed)).Should(HavePrefix("False Programming: not every covered"))
 		Expect(k8s.Delete(ctx, svc)).To(Succeed())
 		Eventually(policyCondition(p, v1alpha1.PolicyReady)).Should(HavePrefix("True"))
+	})
+})
+
+var _ = Describe("Services older than a range that becomes ready", func() {
+	It("have their assignment at once and are told Allocated once", func() {
+		var told atomic.Int64
+		t := newTenant()
+		services := []*corev1.Service{t.service("a", nil), t.service("b", nil), t.service("c", nil)}
+		options := quick
+		options.RangeGrace = 4 * time.Second
+		startManager(options, func(inner client.Client) client.Client {
+			return interceptor.NewClient(watchless{inner}, interceptor.Funcs{
+				SubResourceApply: func(ctx context.Context, c client.Client, sub string, obj runtime.ApplyConfiguration, opts ...client.SubResourceApplyOption) error {
+					told.Add(1)
+					return c.SubResource(sub).Apply(ctx, obj, opts...)
+				},
+			})
+		})
+		p := t.policy("", ranges(t.v4))
+		Eventually(func() int { return len(t.assignments()) }).Should(Equal(len(services)))
+		Expect(policyCondition(p, v1alpha1.PolicyRangesReady)()).NotTo(HavePrefix("True"))
+		for _, svc := range services {
+			Expect(additionalIPs(t.allocated(svc))).To(HaveLen(1))
+		}
+		Expect(told.Load()).To(Equal(int64(len(services))))
 	})
 })
