@@ -51,8 +51,10 @@ func cutPin(name string) (rest string, p pin) {
 
 const (
 	mapPins = "pins"
-	// maxPins bounds the memory of pins. When it is reached, further clients are forwarded without one.
-	maxPins = 1 << 20
+	// pinMaps is how many maps share the pins: the kernel checks each new rule against every other that uses the same map.
+	pinMaps = 16
+	// maxPins bounds the memory of such a map. When it is reached, further clients are forwarded without a pin.
+	maxPins = 1 << 18
 
 	pinSuffix    = "-pin"
 	drawsSuffix  = "-draws"
@@ -75,9 +77,20 @@ const (
 
 var kindSuffix = [...]string{"", "-draw", "-translate"}
 
-// pinMap describes the map from service and client to the number of the client's endpoint. The kernel fills it; we never read it.
-func (f *family) pinMap() *nfnl.Set {
-	s := f.newSet(mapPins, typeInteger, typeInteger, f.addrType)
+// mapName is the map in which pins of the service are.
+func (p pin) mapName() string { return mapPins + "." + strconv.FormatUint(p.service%pinMaps, 10) }
+
+// pinSets describe the maps from service and client to the number of the client's endpoint. The kernel fills them; we never read them.
+func (f *family) pinSets() []*nfnl.Set {
+	var list []*nfnl.Set
+	for i := range uint64(pinMaps) {
+		list = append(list, f.pinSet(pin{service: i}.mapName()))
+	}
+	return list
+}
+
+func (f *family) pinSet(name string) *nfnl.Set {
+	s := f.newSet(name, typeInteger, typeInteger, f.addrType)
 	s.Map, s.DataType, s.DataLen, s.Dynamic, s.Size = true, typeClassID, 4, true, maxPins
 	s.Userdata = nfnl.Typeof([]nfnl.Field{nfnl.Number, nfnl.Number, f.source}, []nfnl.Field{nfnl.Priority})
 	return s
@@ -146,16 +159,16 @@ func (b balancer) pinRules(f *family) []*nfnl.Rule {
 			Payload(nfnl.R0+2, unix.NFT_PAYLOAD_NETWORK_HEADER, f.saddrOffset, f.addrLen)
 	}
 	remember := func(r *nfnl.Rule) *nfnl.Rule {
-		return pinKey(r).Meta(number, unix.NFT_META_PRIORITY).Remember(mapPins, nfnl.R0, number, uint64(b.pin.timeout))
+		return pinKey(r).Meta(number, unix.NFT_META_PRIORITY).Remember(b.pin.mapName(), nfnl.R0, number, uint64(b.pin.timeout))
 	}
 	draw, translate := b.helper(drawing).name(), b.helper(translating).name()
-	pinned := pinKey(nfnl.NewRule()).Map(mapPins, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)
+	pinned := pinKey(nfnl.NewRule()).Map(b.pin.mapName(), nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)
 	rules := []*nfnl.Rule{jump(remember(pinned), translate)}
 	// Twice, because a lookup can miss an element that is replaced at that very moment.
 	for range 2 {
 		rules = append(rules, jump(nfnl.NewRule(), draw),
 			// An element that exists would keep its number. If the map is full, the rule ends here and the next one forwards.
-			remember(pinKey(nfnl.NewRule()).Meta(number, unix.NFT_META_PRIORITY).Forget(mapPins, nfnl.R0, number)),
+			remember(pinKey(nfnl.NewRule()).Meta(number, unix.NFT_META_PRIORITY).Forget(b.pin.mapName(), nfnl.R0, number)),
 			jump(nfnl.NewRule(), translate))
 	}
 	return append(rules, nfnl.NewRule().Verdict(nfnl.Verdict{Code: nfnl.Drop}))

@@ -141,7 +141,7 @@ func TestAffinityExpires(t *testing.T) {
 		start := time.Now()
 		for pinned := 1; pinned > 0; {
 			pinned = 0
-			if err := b.conn.Elements(b.mirrors[0].pinMap(), func(nfnl.Element) { pinned++ }); err != nil {
+			if err := b.conn.Elements(families[0].pinSet(pinOf(s).mapName()), func(nfnl.Element) { pinned++ }); err != nil {
 				t.Fatal(err)
 			}
 			if time.Since(start) > 10*time.Second {

@@ -7,6 +7,8 @@ import (
 	"math/bits"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -86,8 +88,13 @@ func (m *mirror) describe(name string) *nfnl.Set {
 		return m.serviceIPs.set
 	case setHairpin:
 		return m.hairpin.set
-	case mapPins:
-		return m.pinMap()
+	}
+	if number, ok := strings.CutPrefix(name, mapPins+"."); ok {
+		i, err := strconv.ParseUint(number, 10, 8)
+		if s := m.pinSet(pin{service: i}.mapName()); err == nil && s.Name == name {
+			return s
+		}
+		return nil
 	}
 	if d, index, which, ok := parsePinning(name); ok {
 		draws, pinned := m.pinningMaps(d, index)

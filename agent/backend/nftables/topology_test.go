@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -165,17 +166,25 @@ func dial(ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (net
 	return dialWithin(patience, ns, network, at, from)
 }
 
+var udpPort atomic.Uint32
+
 // patience is how long an answer may take on a busy machine.
 const patience = 2 * time.Second
 
 func dialWithin(patience time.Duration, ns *netns.NS, network string, at netip.AddrPort, from netip.Addr) (net.Conn, error) {
 	d := net.Dialer{Timeout: patience}
-	if from.IsValid() {
-		if network == "udp" {
-			d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
-		} else {
-			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+	switch {
+	case network == "udp":
+		// Always another port: one that is used again would go on with the flow that conntrack still has of it.
+		if !from.IsValid() {
+			from = netip.IPv4Unspecified()
+			if at.Addr().Is6() {
+				from = netip.IPv6Unspecified()
+			}
 		}
+		d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, uint16(10000+udpPort.Add(1)%50000)))
+	case from.IsValid():
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
 	}
 	var c net.Conn
 	// Happy eyeballs would dial in another goroutine; one literal address is dialled in this one.
