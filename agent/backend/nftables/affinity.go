@@ -80,15 +80,7 @@ var kindSuffix = [...]string{"", "-draw", "-translate"}
 // mapName is the map in which pins of the service are.
 func (p pin) mapName() string { return mapPins + "." + strconv.FormatUint(p.service%pinMaps, 10) }
 
-// pinSets describe the maps from service and client to the number of the client's endpoint. The kernel fills them; we never read them.
-func (f *family) pinSets() []*nfnl.Set {
-	var list []*nfnl.Set
-	for i := range uint64(pinMaps) {
-		list = append(list, f.pinSet(pin{service: i}.mapName()))
-	}
-	return list
-}
-
+// pinSet describes a map from service and client to the number of the client's endpoint. The kernel fills it; we never read it.
 func (f *family) pinSet(name string) *nfnl.Set {
 	s := f.newSet(name, typeInteger, typeInteger, f.addrType)
 	s.Map, s.DataType, s.DataLen, s.Dynamic, s.Size = true, typeClassID, 4, true, maxPins
@@ -211,6 +203,15 @@ func (f *family) numbers(s slots) []uint32 {
 		list[i] = n
 	}
 	return list
+}
+
+// providePins makes the map for a service's pins be there. It stays for good, because pins outlive their service's rules. None is made
+// before it is needed, because the kernel looks sets up by name one after the other, in every transaction.
+func (m *mirror) providePins(p pin) {
+	if name := p.mapName(); p != (pin{}) && !m.pins[name] {
+		m.pins[name] = true
+		m.tx.addSet(m.pinSet(name))
+	}
 }
 
 // providePinning makes a shard have maps for frontends that pin.

@@ -250,11 +250,11 @@ func setMark(r *nfnl.Rule) *nfnl.Rule {
 
 // staticSets are the sets and maps that are always there.
 func (f *family) staticSets() []*nfnl.Set {
-	return append([]*nfnl.Set{
+	return []*nfnl.Set{
 		f.newSet(setServiceIPs, f.addrType),
 		f.newSet(setHairpin, f.addrType, f.addrType, typeProto, typeService),
 		f.doorMap(door{}), f.doorMap(door{here: true}),
-	}, f.pinSets()...)
+	}
 }
 
 // staticChains are the chains that depend on nothing but the configuration. clusterCIDRs are those of this family.

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -30,6 +31,7 @@ type mirror struct {
 	doors     map[door]*doorState
 	balancers map[balancer]int // → frontends that use it
 	gates     map[gate]*gateState
+	pins      map[string]bool // names of the maps of pins that there are
 	fronts    map[frontKey]*frontend
 	// rivals are services that want a frontend that another one has: the first by key has it.
 	rivals     map[frontKey][]forwarding.ServiceKey
@@ -98,7 +100,7 @@ type frontend struct {
 
 func newMirror(f *family, clusterCIDRs []netip.Prefix) *mirror {
 	m := &mirror{
-		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{},
+		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, pins: map[string]bool{},
 		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
 	}
 	for _, p := range clusterCIDRs {
@@ -154,8 +156,12 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 		}
 	}
 	chains := append(m.staticChains(m.clusterCIDRs), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
+	for name := range sets {
+		m.pins[name] = strings.HasPrefix(name, mapPins+".")
+	}
 	for b := range m.balancers {
 		if s := m.shardOf(b); s != nil {
+			m.providePins(b.pin)
 			if b.kind != balancing {
 				m.providePinning(b.door, s)
 			}
@@ -428,6 +434,7 @@ func (m *mirror) changeSlots(key frontKey, s *shard, old, next slots) {
 // setVerdict gives a frontend its verdict and makes the chains that it leads to.
 func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
 	if a == balance && m.balancers[b] == 0 {
+		m.providePins(b.pin)
 		for _, h := range b.helpers() {
 			if m.balancers[h] == 0 {
 				m.provideChain(chain{name: h.name(), rules: h.rules(m.family)})

@@ -368,6 +368,7 @@ func (f *family) sample(batch *nfnl.Batch) {
 	t := nfnl.Table{Family: f.proto, Name: TableName + "-probe"}
 	anywhere := netip.PrefixFrom(f.loopback.Addr(), 0).Masked()
 	var sets []*nfnl.Set
+	sets = append(sets, f.pinSet(pin{1, 1}.mapName()))
 	cl := class{1, []netip.Prefix{anywhere}}
 	chains := f.staticChains([]netip.Prefix{f.loopback})
 	sets = append(sets, f.staticSets()...)
