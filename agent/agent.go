@@ -77,8 +77,11 @@ func Run(ctx context.Context, c Config) error {
 	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())
 	for _, source := range clients.sources(c.Log, c.NodeName, s, r) {
 		reflector := source.reflector(c.Log)
-		running.Go(func() { reflector.RunWithContext(klog.NewContext(ctx, c.Log.WithName("watch"))) })
+		// It is not waited for, because a reflector that is between two attempts to connect sits its delay of many seconds out. It only
+		// fills the store, which nobody reads once the loop has ended.
+		go reflector.RunWithContext(klog.NewContext(ctx, c.Log.WithName("watch")))
 	}
+	running.Go(func() { logWaiting(ctx, c.Log, waitingPeriod, c.API.Host, c.NodeName, h.lacks) })
 	running.Go(func() { r.run(ctx) })
 	if c.Conntrack != nil {
 		running.Go(func() { flows.Run(ctx, c.Conntrack) })
