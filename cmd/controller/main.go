@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"runtime/debug"
 	"time"
@@ -65,7 +66,18 @@ func parseFlags(args []string) (flags, error) {
 	if fs.NArg() > 0 {
 		return f, fmt.Errorf("unexpected argument %q: all settings are flags", fs.Arg(0))
 	}
-	return f, nil
+	return f, errors.Join(checkAddress("--metrics-bind-address", f.metricsAddress), checkAddress("--health-probe-bind-address", f.probeAddress))
+}
+
+// checkAddress fails if address is no place to listen at. The manager would find out only once everything else runs.
+func checkAddress(name, address string) error {
+	if address == "0" {
+		return nil
+	}
+	if _, err := net.ResolveTCPAddr("tcp", address); err != nil || address == "" {
+		return fmt.Errorf("%s %q: must be HOST:PORT or :PORT, or 0 for none", name, address)
+	}
+	return nil
 }
 
 func run(ctx context.Context, args []string) error {

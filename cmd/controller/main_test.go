@@ -33,6 +33,8 @@ func TestBadFlagsAreNamed(t *testing.T) {
 		{[]string{"--leader-elect=perhaps"}, "leader-elect"},
 		{[]string{"--no-such-flag"}, "no-such-flag"},
 		{[]string{"start"}, `"start"`},
+		{[]string{"--metrics-bind-address=8080"}, `--metrics-bind-address "8080": must be HOST:PORT or :PORT, or 0 for none`},
+		{[]string{"--health-probe-bind-address="}, `--health-probe-bind-address ""`},
 	} {
 		if _, err := parseFlags(tt.args); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%v: got %v, want an error that names %s", tt.args, err, tt.want)
