@@ -158,7 +158,8 @@ func (v policyView) programmed() metav1.Condition {
 	case v.nodes.Unsupported > 0:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonUnsupported, "nodes that cannot do the policy's proxyMode: "+strings.Join(v.unsupported, "; "))
 	case v.tally.programmed < v.tally.covered:
-		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every covered Service is programmed on every selected node that is Ready")
+		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, fmt.Sprintf(
+			"%d of %d covered Services are programmed on every selected node that is Ready; kubectl get svca -A tells which", v.tally.programmed, v.tally.covered))
 	case v.unsettled:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, "not every Service that the policy may cover has been assigned since policies changed")
 	case v.tally.covered == 0:
@@ -170,7 +171,7 @@ func (v policyView) programmed() metav1.Condition {
 // setDeleting says in Ready what a deletion waits for.
 func setDeleting(status *v1alpha1.ServiceProxyPolicyStatus, policy *v1alpha1.ServiceProxyPolicy, claims, foreign, covered int) {
 	c := condition(v1alpha1.PolicyReady, false, reasonDeletionWaits, fmt.Sprintf(
-		"deletion waits: %d claims on addresses and node ports are left, %d covered Services, %d cluster IPs of other Services in its ranges; delete or relabel these Services to let it end",
+		"deletion waits: %d claims on addresses and node ports are left, %d covered Services, %d cluster IPs of other Services in its ranges; delete these Services, or narrow the policy's selectors so that they leave it",
 		claims, covered, foreign))
 	c.ObservedGeneration = policy.Generation
 	apimeta.SetStatusCondition(&status.Conditions, c)
