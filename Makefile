@@ -69,7 +69,7 @@ $(LINT): hack/tools/lint/go.mod hack/tools/lint/go.sum
 
 lint: $(LINT) ## Run golangci-lint, which also holds the import rules of the layout.
 	$(LINT) config verify
-	$(LINT) run
+	$(LINT) run --allow-parallel-runners
 
 verify: ## Fail if generated files, formatting or go.mod are not up to date.
 	hack/verify.sh

@@ -123,7 +123,6 @@ type tenant struct {
 	name   string
 	v4, v6 netip.Prefix // a /24 of 10.99.0.0/16 and a /112
 	ports  uint16       // the first of a hundred node ports
-	next   int          // hosts that outside has given out
 }
 
 var tenants = 0
