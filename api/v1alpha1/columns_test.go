@@ -41,8 +41,8 @@ spec: {ports: [{name: http, protocol: TCP, port: 80, nodePort: 30080}]}
 status:
   conditions: [`+condition("Allocated")+`, `+condition("Programmed")+`]
   nodes: {desired: 3, programmed: 2}`,
-		"Name=web Policy=tenant-a Mode=NFTables Service-IP=10.99.13.178 Port=80 Node-Port=30080 Allocated=True Programmed=True Nodes=2",
-		"Name=web Policy=tenant-a Mode=NFTables Service-IP=10.99.13.178 Port=80 Node-Port=30080 Allocated=True Programmed=True Nodes=2 Desired=3"),
+		"Name=web Policy=tenant-a Mode=NFTables Service-IP=10.99.13.178 Port=80 Node-Port=30080 Allocated=True Programmed=True Nodes=2 Reason=R",
+		"Name=web Policy=tenant-a Mode=NFTables Service-IP=10.99.13.178 Port=80 Node-Port=30080 Allocated=True Programmed=True Nodes=2 Reason=R Desired=3"),
 	Entry(nil, "AllocationClaim", "allocationclaims", `{}`,
 		"Name=10.99.13.178 State=Bound Use=ClusterIP Namespace=default Service=web Policy=tenant-a",
 		"Name=10.99.13.178 State=Bound Use=ClusterIP Namespace=default Service=web Policy=tenant-a Expires=<nil>"),
