@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"iter"
 	"syscall"
 
@@ -251,6 +252,8 @@ func parseSet(f Family, body []byte) *Set {
 	return s
 }
 
+var seenSeed = maphash.MakeSeed()
+
 // Element is an element of a set or map. The slices are valid during the call that is given it.
 type Element struct {
 	Key, Data []byte
@@ -258,7 +261,13 @@ type Element struct {
 }
 
 // Elements gives the elements of a set or map to each.
+//
+// A dump comes in parts, and for the next part the kernel walks its hash table again and skips as many elements as it has given. If
+// the table is being resized, which happens behind the back of transactions and generations, the order changes: some elements
+// come twice and as many never. So one that comes twice is an ErrChanged.
 func (c *Conn) Elements(s *Set, each func(Element)) error {
+	seen := map[uint64]struct{}{} // hashes of keys: two that agree by chance cost one more read
+	twice := false
 	attrs := appendString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
 	attrs = appendString(attrs, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
 	err := c.get(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, s.Family, attrs, func(_ Family, body []byte) {
@@ -266,11 +275,20 @@ func (c *Conn) Elements(s *Set, each func(Element)) error {
 			if attr != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 				continue
 			}
-			for _, e := range attributes(list) {
-				each(parseElement(e))
+			for _, p := range attributes(list) {
+				e := parseElement(p)
+				h := maphash.Bytes(seenSeed, e.Key)
+				if _, again := seen[h]; again {
+					twice = true
+				}
+				seen[h] = struct{}{}
+				each(e)
 			}
 		}
 	})
+	if err == nil && twice {
+		err = ErrChanged
+	}
 	if err != nil {
 		return fmt.Errorf("read elements of %s: %w", s.Name, err)
 	}
