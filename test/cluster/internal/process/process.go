@@ -33,18 +33,32 @@ type Spawner struct {
 // NewSpawner starts the thread that forks.
 func NewSpawner() *Spawner {
 	s := &Spawner{work: make(chan func()), closed: make(chan struct{})}
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		for {
-			select {
-			case f := <-s.work:
-				f()
-			case <-s.closed:
-				return
-			}
-		}
-	}()
+	locked := make(chan struct{})
+	go s.fork(locked)
+	<-locked
 	return s
+}
+
+// fork starts programs until Close, on a thread of its own that ends with it.
+func (s *Spawner) fork(locked chan struct{}) {
+	runtime.LockOSThread()
+	if syscall.Gettid() == os.Getpid() {
+		// The main thread never ends before its process: Go parks it instead. As long as it is held here, another goroutine
+		// cannot get it.
+		go s.fork(locked)
+		<-locked
+		runtime.UnlockOSThread()
+		return
+	}
+	close(locked) // never unlocked: the thread ends with the goroutine
+	for {
+		select {
+		case f := <-s.work:
+			f()
+		case <-s.closed:
+			return
+		}
+	}
 }
 
 // Close kills every program that the spawner started and that still runs. Nothing can be started after.
