@@ -40,7 +40,7 @@ func (t *tenant) left(addr netip.Addr, service string, uid types.UID, labelled b
 	GinkgoHelper()
 	hold := allocator.Hold{Policy: t.name, Use: v1alpha1.ClaimUseAdditionalIP, State: v1alpha1.ClaimBound,
 		Holder: allocator.Holder{Namespace: t.name, Name: service, UID: string(uid)}}
-	claim := newClaim(allocator.AddrLock(addr), hold)
+	claim := allocator.NewClaim(allocator.AddrLock(addr), hold)
 	ip := &networkingv1.IPAddress{ObjectMeta: metav1.ObjectMeta{Name: addr.String(), Labels: map[string]string{networkingv1.LabelManagedBy: v1alpha1.ManagedBy}},
 		Spec: networkingv1.IPAddressSpec{ParentRef: &networkingv1.ParentReference{Resource: "services", Namespace: t.name, Name: service}}}
 	if !labelled {

@@ -372,7 +372,7 @@ func (l *ledger) abandonLocked(lock allocator.Lock) {
 	}
 	delete(l.pending, lock)
 	if claim := l.claims[lock]; claim != nil {
-		l.space.Hold(lock, holdOf(claim))
+		l.space.Hold(lock, allocator.HoldOf(claim))
 		return
 	}
 	l.space.Drop(lock)
@@ -483,21 +483,14 @@ func (l *ledger) inUse(policy string, prefix netip.Prefix, except []netip.Prefix
 	return claims, foreign
 }
 
-func holdOf(c *v1alpha1.AllocationClaim) allocator.Hold {
-	return allocator.Hold{Policy: c.Spec.PolicyName, Use: c.Spec.Use, State: c.Spec.State,
-		Holder: allocator.Holder{Namespace: c.Spec.Holder.Namespace, Name: c.Spec.Holder.Name, UID: string(c.Spec.Holder.UID)}}
-}
-
 func serviceKey(h allocator.Holder) types.NamespacedName {
 	return types.NamespacedName{Namespace: h.Namespace, Name: h.Name}
 }
 
 // isOurs says whether an object carries our label. What does not is never changed or deleted.
 func isOurs(labels map[string]string) bool {
-	return labels[labelManagedBy] == v1alpha1.ManagedBy
+	return labels[v1alpha1.LabelManagedBy] == v1alpha1.ManagedBy
 }
-
-const labelManagedBy = "app.kubernetes.io/managed-by"
 
 // ourReservation says whether an IPAddress is a reservation of ours, and for which Service.
 func ourReservation(ip *networkingv1.IPAddress) (types.NamespacedName, bool) {

@@ -211,7 +211,7 @@ func (l *ledger) onClaim(before, after *v1alpha1.AllocationClaim) {
 		l.wake(lock)
 	} else {
 		l.claims[lock] = after
-		l.space.Hold(lock, holdOf(after))
+		l.space.Hold(lock, allocator.HoldOf(after))
 	}
 	l.touch(named.Spec.PolicyName)
 	for policy := range l.space.PoliciesOf(lock) {

@@ -168,7 +168,7 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 	}
 	if !held {
 		r.ledger.taking(lock, want)
-		err := r.client.Create(ctx, newClaim(lock, want))
+		err := r.client.Create(ctx, allocator.NewClaim(lock, want))
 		if err == nil {
 			r.ledger.took(lock, want)
 			return nil
@@ -187,7 +187,7 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 	if !isOurs(claim.Labels) {
 		return nil // somebody wrote it by hand; the API server's lock holds without a record
 	}
-	have = holdOf(claim)
+	have = allocator.HoldOf(claim)
 	if have == want {
 		return nil // the informer lags
 	}
@@ -201,7 +201,7 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 		return nil // this reconcile works on an old Service; an event is on its way
 	}
 	updated := claim.DeepCopy()
-	setHold(updated, want, 0)
+	allocator.SetHold(updated, want)
 	if err := r.client.Update(ctx, updated); err != nil {
 		return fmt.Errorf("claim %s: %w", lock, err)
 	}
@@ -260,14 +260,14 @@ func (r *serviceReconciler) takeAdditional(ctx context.Context, svc *corev1.Serv
 // take creates the claim, or takes over the one that rests for this Service.
 func (r *serviceReconciler) take(ctx context.Context, grant allocator.Grant, hold allocator.Hold) error {
 	if !grant.Reclaim {
-		return r.client.Create(ctx, newClaim(grant.Lock, hold))
+		return r.client.Create(ctx, allocator.NewClaim(grant.Lock, hold))
 	}
 	resting := r.ledger.claim(grant.Lock)
 	if resting == nil {
 		return apierrors.NewNotFound(v1alpha1.GroupVersion.WithResource("allocationclaims").GroupResource(), grant.Lock.Name())
 	}
 	claim := resting.DeepCopy()
-	setHold(claim, hold, 0)
+	allocator.SetHold(claim, hold)
 	return r.client.Update(ctx, claim)
 }
 
@@ -286,7 +286,7 @@ func (r *serviceReconciler) reserve(ctx context.Context, svc *corev1.Service, ad
 		ObjectMeta: metav1.ObjectMeta{Name: key.Name, Labels: map[string]string{
 			networkingv1.LabelIPAddressFamily: string(familyOf(addr)),
 			networkingv1.LabelManagedBy:       v1alpha1.ManagedBy,
-			labelManagedBy:                    v1alpha1.ManagedBy,
+			v1alpha1.LabelManagedBy:           v1alpha1.ManagedBy,
 		}},
 		Spec: networkingv1.IPAddressSpec{ParentRef: &networkingv1.ParentReference{Resource: "services", Namespace: svc.Namespace, Name: svc.Name}},
 	})
@@ -310,7 +310,7 @@ func (r *serviceReconciler) forget(ctx context.Context, lock allocator.Lock, hol
 	if found, err := get(ctx, r.live, types.NamespacedName{Name: lock.Name()}, &claim); err != nil || !found {
 		return err
 	}
-	if hold := holdOf(claim); hold.State != v1alpha1.ClaimBound || hold.Use != v1alpha1.ClaimUseAdditionalIP || hold.Holder != holder {
+	if hold := allocator.HoldOf(claim); hold.State != v1alpha1.ClaimBound || hold.Use != v1alpha1.ClaimUseAdditionalIP || hold.Holder != holder {
 		return nil
 	}
 	if err := client.IgnoreNotFound(r.client.Delete(ctx, claim, exactly(claim))); err != nil {
@@ -344,7 +344,7 @@ func (r *serviceReconciler) releaseSurplus(ctx context.Context, key types.Namesp
 			if err != nil {
 				return err
 			}
-			if hold, held := r.ledger.held(lock); !found || !held || holdOf(claim) != hold {
+			if hold, held := r.ledger.held(lock); !found || !held || allocator.HoldOf(claim) != hold {
 				continue
 			}
 		}
@@ -432,9 +432,7 @@ func release(ctx context.Context, c client.Client, live client.Reader, claim *v1
 		return nil
 	}
 	released := claim.DeepCopy()
-	hold := holdOf(claim)
-	hold.State = v1alpha1.ClaimReleased
-	setHold(released, hold, rest)
+	allocator.Release(released, time.Now().Add(rest))
 	if err := client.IgnoreNotFound(c.Update(ctx, released)); err != nil {
 		return fmt.Errorf("release claim %s: %w", claim.Name, err)
 	}
@@ -459,32 +457,4 @@ func ourReservationIf(found bool, ip *networkingv1.IPAddress) (types.NamespacedN
 		return types.NamespacedName{}, false
 	}
 	return ourReservation(ip)
-}
-
-func newClaim(lock allocator.Lock, hold allocator.Hold) *v1alpha1.AllocationClaim {
-	c := &v1alpha1.AllocationClaim{ObjectMeta: metav1.ObjectMeta{Name: lock.Name()}}
-	if lock.IsPort() {
-		c.Spec.NodePort = int32(lock.Port)
-	} else {
-		c.Spec.Address = lock.Addr.String()
-	}
-	setHold(c, hold, 0)
-	return c
-}
-
-// setHold makes the claim say what hold says; rest is how long a Released one rests from now.
-func setHold(c *v1alpha1.AllocationClaim, hold allocator.Hold, rest time.Duration) {
-	if c.Labels == nil {
-		c.Labels = map[string]string{}
-	}
-	for k, v := range ourLabels(hold.Policy) {
-		c.Labels[k] = v
-	}
-	c.Spec.Use, c.Spec.PolicyName, c.Spec.State = hold.Use, hold.Policy, hold.State
-	c.Spec.Holder = v1alpha1.ClaimHolder{Namespace: hold.Holder.Namespace, Name: hold.Holder.Name, UID: types.UID(hold.Holder.UID)}
-	c.Spec.ReservationToken, c.Spec.ExpiresAt = "", nil
-	if hold.State == v1alpha1.ClaimReleased {
-		// Stored with a resolution of a second: round up, or a short rest is none.
-		c.Spec.ExpiresAt = &metav1.Time{Time: time.Now().Add(rest + time.Second - 1).Truncate(time.Second)}
-	}
 }

@@ -169,7 +169,7 @@ func (r *serviceReconciler) assign(ctx context.Context, svc *corev1.Service, hav
 	if have != nil && !metav1.IsControlledBy(have, svc) {
 		if !isOurs(have.Labels) {
 			r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, "AssignmentNotOurs", "Assign",
-				"ServiceAssignment %s exists and does not carry the label %s=%s, so it is left alone; delete it to let the Service be assigned", svc.Name, labelManagedBy, v1alpha1.ManagedBy)
+				"ServiceAssignment %s exists and does not carry the label %s=%s, so it is left alone; delete it to let the Service be assigned", svc.Name, v1alpha1.LabelManagedBy, v1alpha1.ManagedBy)
 			return nil, reconcile.TerminalError(fmt.Errorf("ServiceAssignment %s/%s exists and is not ours; delete it to let the Service be assigned", have.Namespace, have.Name))
 		}
 		// It is of an earlier Service of this name. What that one held is not this one's.
@@ -305,7 +305,7 @@ func exactly(obj client.Object) client.Preconditions {
 }
 
 func ourLabels(policy string) map[string]string {
-	return map[string]string{labelManagedBy: v1alpha1.ManagedBy, v1alpha1.LabelPolicy: policy}
+	return map[string]string{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy, v1alpha1.LabelPolicy: policy}
 }
 
 func sortedAddrs(in []netip.Addr) []netip.Addr {

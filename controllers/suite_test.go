@@ -187,7 +187,7 @@ func (t *tenant) clean() {
 		g.Expect(k8s.List(ctx, &policies)).To(Succeed())
 		g.Expect(slices.DeleteFunc(policies.Items, func(p v1alpha1.ServiceProxyPolicy) bool { return !mine(p.Name) })).To(BeEmpty(), "policies")
 		var cidrs networkingv1.ServiceCIDRList
-		g.Expect(k8s.List(ctx, &cidrs, client.MatchingLabels{labelManagedBy: v1alpha1.ManagedBy})).To(Succeed())
+		g.Expect(k8s.List(ctx, &cidrs, client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy})).To(Succeed())
 		for _, c := range cidrs.Items {
 			if mine(c.Name) {
 				g.Expect(c.DeletionTimestamp).NotTo(BeNil(), "ServiceCIDR %s %v", c.Name, c.Spec.CIDRs)

@@ -38,8 +38,24 @@ const (
 	// object this operator creates. Objects without it are not ours and are never changed or deleted.
 	ManagedBy = "serviceproxy-operator"
 
+	// LabelManagedBy is on every object of ours, with the value ManagedBy. What does not carry it is never changed or deleted.
+	LabelManagedBy = "app.kubernetes.io/managed-by"
+
 	// LabelPolicy names the ServiceProxyPolicy that an object of ours exists for.
 	LabelPolicy = "networking.serviceproxy.io/policy"
+
+	// AnnotationReservation is put on a Service at admission. Its value is the reservationToken of the claims that were made for that very request, so that a second
+	// look at one request finds what the first reserved. On a Service that exists it means nothing.
+	AnnotationReservation = "networking.serviceproxy.io/reservation"
+
+	// AnnotationSingleStack is put at admission on a Service that preferred two families and got one. Its value is the reason, for people.
+	AnnotationSingleStack = "networking.serviceproxy.io/single-stack-reason"
+
+	// LoadBalancerClass is the spec.loadBalancerClass of Services that get an address from ranges with use LoadBalancer.
+	LoadBalancerClass = "networking.serviceproxy.io/vip"
+
+	// AnnotationLoadBalancerIPs asks for particular addresses of ranges with use LoadBalancer: at most one of each family, separated by a comma.
+	AnnotationLoadBalancerIPs = "networking.serviceproxy.io/load-balancer-ips"
 
 	// FinalizerPolicy holds a ServiceProxyPolicy while allocations from its ranges exist.
 	FinalizerPolicy = "networking.serviceproxy.io/policy-in-use"

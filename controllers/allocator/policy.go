@@ -26,8 +26,10 @@ type Policy struct {
 	// Terminating policies give out nothing new and keep the Services that they cover already.
 	Terminating bool
 	Priority    int32
-	Ranges      []Range
-	NodePorts   PortRange
+	// Strict policies refuse a Service that cannot get what they declare.
+	Strict    bool
+	Ranges    []Range
+	NodePorts PortRange
 	// NodePortsExcluded are ports of NodePorts that belong to an older policy.
 	NodePortsExcluded []PortRange
 	// Quarantine is how long what a Service released rests before another gets it, StickyFor how long it is kept for a Service of the
@@ -74,7 +76,7 @@ const DefaultQuarantine = time.Minute
 func ParsePolicy(p *v1alpha1.ServiceProxyPolicy) (*Policy, error) {
 	out := &Policy{
 		Name: p.Name, UID: string(p.UID), Created: p.CreationTimestamp.Time, Terminating: p.DeletionTimestamp != nil,
-		Priority: p.Spec.Priority, coexist: p.Spec.KubeProxy == v1alpha1.KubeProxyCoexist,
+		Priority: p.Spec.Priority, Strict: p.Spec.Enforcement == v1alpha1.EnforcementStrict, coexist: p.Spec.KubeProxy == v1alpha1.KubeProxyCoexist,
 		Quarantine: DefaultQuarantine,
 	}
 	var errs []error

@@ -161,7 +161,12 @@ func (t *tenant) clean() {
 func (t *tenant) checkNothingLeft() {
 	GinkgoHelper()
 	Eventually(func(g Gomega) {
-		g.Expect(t.policies()).To(BeEmpty(), "policies")
+		var waiting []string
+		for _, p := range t.policies() {
+			ready := apimeta.FindStatusCondition(p.Status.Conditions, v1alpha1.PolicyReady)
+			waiting = append(waiting, fmt.Sprintf("%s: %+v", p.Name, ready))
+		}
+		g.Expect(waiting).To(BeEmpty(), "policies")
 		g.Expect(t.assignments()).To(BeEmpty(), "assignments")
 		g.Expect(t.claims()).To(BeEmpty(), "claims")
 		g.Expect(t.reservations()).To(BeEmpty(), "IPAddresses")
