@@ -124,6 +124,9 @@ func parser[O metav1.Object, T any](log logr.Logger, kind string, parse func(O) 
 }
 
 func triggerOf(o metav1.Object) time.Time {
+	if _, ok := o.(*discoveryv1.EndpointSlice); !ok {
+		return time.Time{}
+	}
 	at, err := time.Parse(time.RFC3339Nano, o.GetAnnotations()[corev1.EndpointsLastChangeTriggerTime])
 	if err != nil {
 		return time.Time{} // absent, or not set by the EndpointSlice controller
@@ -203,9 +206,9 @@ func (c *clients) sources(log logr.Logger, nodeName string, s *store, r *reporte
 		{"nodes", c.core, own, &corev1.Node{},
 			&reflectorStore[compile.Node]{nodeFeed{s}, parser(log, "Node", compile.ParseNode)}},
 		{"endpointslices", c.discovery, withService, &discoveryv1.EndpointSlice{},
-			&reflectorStore[compile.Slice]{sliceFeed{s}, parser(log, "EndpointSlice", parseSlice)}},
+			&reflectorStore[compile.Slice]{s.sliceFeed(), parser(log, "EndpointSlice", parseSlice)}},
 		{"serviceassignments", c.serviceproxy, all, &v1alpha1.ServiceAssignment{},
-			&reflectorStore[compile.Assignment]{assignmentFeed{s}, parser(log, "ServiceAssignment", compile.ParseAssignment)}},
+			&reflectorStore[compile.Assignment]{s.assignmentFeed(), parser(log, "ServiceAssignment", compile.ParseAssignment)}},
 		{"nodeproxystates", c.serviceproxy, own, &v1alpha1.NodeProxyState{},
 			&reflectorStore[v1alpha1.NodeProxyState]{r, parser(log, "NodeProxyState", asItIs)}},
 	}

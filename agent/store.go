@@ -126,111 +126,87 @@ func advance(mark *string, resourceVersion string) {
 	}
 }
 
-// assignmentFeed is the store as the source of ServiceAssignments sees it.
-type assignmentFeed struct{ *store }
-
-func (s assignmentFeed) put(o *object[compile.Assignment]) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.set(o.name, o.value)
-	advance(&s.marks.Assignments, o.resourceVersion)
-	s.signal()
+// kindFeed is the store as the source of one kind of object sees it. Its pointers are to what the store keeps for that kind.
+type kindFeed[T any] struct {
+	*store
+	known  map[types.NamespacedName]*T
+	mark   *string
+	listed *bool
+	// set stores an object, or forgets it if the value is nil, and says whether that changed anything.
+	set func(types.NamespacedName, *T) bool
 }
 
-func (s assignmentFeed) remove(name types.NamespacedName, resourceVersion string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.set(name, nil)
-	advance(&s.marks.Assignments, resourceVersion)
-	s.signal()
+func (s *store) assignmentFeed() *kindFeed[compile.Assignment] {
+	return &kindFeed[compile.Assignment]{s, s.assignments, &s.marks.Assignments, &s.hasAssignments, s.setAssignment}
 }
 
-func (s assignmentFeed) replace(list []*object[compile.Assignment], resourceVersion string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	gone := maps.Clone(s.assignments)
+func (s *store) sliceFeed() *kindFeed[compile.Slice] {
+	return &kindFeed[compile.Slice]{s, s.slices, &s.marks.EndpointSlices, &s.hasSlices, s.setSlice}
+}
+
+func (f *kindFeed[T]) put(o *object[T]) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	// What happened before this agent started was not slow to be programmed because of it.
+	if f.set(o.name, o.value) && o.trigger.After(f.started) {
+		f.triggers = append(f.triggers, o.trigger)
+	}
+	advance(f.mark, o.resourceVersion)
+	f.signal()
+}
+
+func (f *kindFeed[T]) remove(name types.NamespacedName, resourceVersion string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.set(name, nil)
+	advance(f.mark, resourceVersion)
+	f.signal()
+}
+
+func (f *kindFeed[T]) replace(list []*object[T], resourceVersion string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	gone := maps.Clone(f.known)
 	for _, o := range list {
 		delete(gone, o.name)
-		s.set(o.name, o.value)
+		f.set(o.name, o.value)
 	}
 	for name := range gone {
-		s.set(name, nil)
+		f.set(name, nil)
 	}
-	s.hasAssignments, s.marks.Assignments = true, resourceVersion
-	s.signal()
+	*f.listed, *f.mark = true, resourceVersion
+	f.signal()
 }
 
 // The mark of a bookmark waits for the next change: it says nothing that the controller waits for, and if it woke the loop, every
 // node would write its state once a minute in a cluster where nothing happens.
-func (s assignmentFeed) bookmark(resourceVersion string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	advance(&s.marks.Assignments, resourceVersion)
+func (f *kindFeed[T]) bookmark(resourceVersion string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	advance(f.mark, resourceVersion)
 }
 
-// set stores an assignment, or forgets it if a is nil. The status of an assignment changes without its generation: that is no change here.
-func (s assignmentFeed) set(name types.NamespacedName, a *compile.Assignment) {
+// setAssignment is set of ServiceAssignments. Their status changes without their generation: that is no change here.
+func (s *store) setAssignment(name types.NamespacedName, a *compile.Assignment) bool {
 	old := s.assignments[name]
 	if a == nil {
 		if old == nil {
-			return
+			return false
 		}
 		delete(s.assignments, name)
 	} else {
 		if old != nil && old.UID == a.UID && old.Generation == a.Generation && a.Generation != 0 {
-			return
+			return false
 		}
 		s.assignments[name] = a
 	}
 	s.dirty[name] = struct{}{}
 	s.changes.services++
+	return true
 }
 
-// sliceFeed is the store as the source of EndpointSlices sees it.
-type sliceFeed struct{ *store }
-
-func (s sliceFeed) put(o *object[compile.Slice]) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	// What happened before this agent started was not slow to be programmed because of it.
-	if s.set(o.name, o.value) && o.trigger.After(s.started) {
-		s.triggers = append(s.triggers, o.trigger)
-	}
-	advance(&s.marks.EndpointSlices, o.resourceVersion)
-	s.signal()
-}
-
-func (s sliceFeed) remove(name types.NamespacedName, resourceVersion string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.set(name, nil)
-	advance(&s.marks.EndpointSlices, resourceVersion)
-	s.signal()
-}
-
-func (s sliceFeed) replace(list []*object[compile.Slice], resourceVersion string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	gone := maps.Clone(s.slices)
-	for _, o := range list {
-		delete(gone, o.name)
-		s.set(o.name, o.value)
-	}
-	for name := range gone {
-		s.set(name, nil)
-	}
-	s.hasSlices, s.marks.EndpointSlices = true, resourceVersion
-	s.signal()
-}
-
-func (s sliceFeed) bookmark(resourceVersion string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	advance(&s.marks.EndpointSlices, resourceVersion)
-}
-
-// set stores a slice, or forgets it if sl is nil, and says whether that changed anything.
-func (s sliceFeed) set(name types.NamespacedName, sl *compile.Slice) bool {
+// setSlice is set of EndpointSlices.
+func (s *store) setSlice(name types.NamespacedName, sl *compile.Slice) bool {
 	old := s.slices[name]
 	if old == sl || (old != nil && sl != nil && old.Equal(sl)) {
 		return false
@@ -249,7 +225,7 @@ func (s sliceFeed) set(name types.NamespacedName, sl *compile.Slice) bool {
 }
 
 // relist replaces one slice of a service by another; either may be nil.
-func (s sliceFeed) relist(service types.NamespacedName, old, sl *compile.Slice) {
+func (s *store) relist(service types.NamespacedName, old, sl *compile.Slice) {
 	was := s.byService[service]
 	list := make([]*compile.Slice, 0, len(was)+1)
 	for _, x := range was {
