@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -159,10 +160,19 @@ func (d *dataplane) verify(ctx context.Context) {
 		d.log.Error(err, "Could not read the kernel back; programming it afresh", "mode", d.Name)
 		d.applied = nil
 	case len(drifts) > 0:
-		const shown = 5
-		d.log.Info("Something else changed our rules", "mode", d.Name, "differences", len(drifts), "first", drifts[:min(len(drifts), shown)])
+		d.log.Info("Something else changed our rules", "mode", d.Name, "differences", len(drifts), "first", firstOf(drifts))
 		d.applied, d.repairing = nil, true
 	}
+}
+
+// firstOf tells the first few of the drifts in one line.
+func firstOf(drifts []backend.Drift) string {
+	const shown = 5
+	var parts []string
+	for _, d := range drifts[:min(len(drifts), shown)] {
+		parts = append(parts, d.String())
+	}
+	return strings.Join(parts, "; ")
 }
 
 // put makes a service part of what the kernel should hold.

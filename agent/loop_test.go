@@ -466,7 +466,7 @@ func TestDriftIsRepairedWithinASecond(t *testing.T) {
 		r := newRig(t, v1alpha1.ProxyModeNFTables)
 		defer r.run()()
 		nft := r.modes[0]
-		r.sync(newAssignment("web", "10.99.0.1"), newSlice("web", "10.1.0.1"))
+		r.sync(newAssignment("web", "10.99.0.1"), newSlice("web", "10.1.0.1"), newAssignment("other", "10.99.0.2"))
 		pause(time.Second)
 		for i := range 10 {
 			nft.flush()
@@ -481,6 +481,9 @@ func TestDriftIsRepairedWithinASecond(t *testing.T) {
 		}
 		if r.logs("Something else changed our rules") != 10 {
 			t.Error("not every repair is logged")
+		}
+		if r.logs("/TCP: missing; shop/") != 10 {
+			t.Error("what differs is not told one by one")
 		}
 		_, full := nft.counts()
 		nft.signal() // a false alarm: nothing differs
