@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/go-logr/logr/funcr"
 	"github.com/vishvananda/netlink"
 	vnetns "github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -123,7 +124,8 @@ func TestAgainstKernel(t *testing.T) {
 			t.Fatalf("%s: %v", s, err)
 		}
 	}
-	c := New(logr.Discard())
+	passes := make(chan string, len(all))
+	c := New(funcr.New(func(_, line string) { passes <- line }, funcr.Options{Verbosity: 1}))
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
@@ -131,10 +133,13 @@ func TestAgainstKernel(t *testing.T) {
 		c.Run(ctx, table)
 	}()
 	c.Changed(dns(30053, "10.1.0.1:53", "10.1.0.2:53", "[fd00:1::1]:53"), dns(30053, "10.1.0.2:53"))
-	for deadline := time.Now().Add(10 * time.Second); c.Ended() < 3; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d flows have ended, want 3", c.Ended())
+	select {
+	case line := <-passes: // one change is one pass, and it is told only when it is over
+		if !strings.Contains(line, `"flows"=3`) || c.Ended() != 3 {
+			t.Errorf("%s; %d flows have ended, want 3", line, c.Ended())
 		}
+	case <-time.After(10 * time.Second):
+		t.Fatalf("%d flows have ended, want 3", c.Ended())
 	}
 	cancel()
 	<-done
