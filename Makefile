@@ -5,6 +5,7 @@ SHELL := /usr/bin/env bash -o pipefail
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 IMAGE   ?= ghcr.io/serviceproxy/serviceproxy-operator
+BIN      ?= bin
 FUZZTIME ?= 30s
 BENCH    ?= .
 BENCHTIME ?= 1s
@@ -37,9 +38,9 @@ setup: ## Install the Debian packages that tests and the demo need, if any is mi
 tools: ## Build the Kubernetes programs for tests and the demo, once.
 	@hack/tools/kubernetes/build.sh >/dev/null
 
-build: ## Build bin/serviceproxy-controller and bin/serviceproxy-agent.
-	go build -ldflags "-s -w -X main.version=$(VERSION)" -o bin/serviceproxy-controller ./cmd/controller
-	go build -ldflags "-s -w -X main.version=$(VERSION)" -o bin/serviceproxy-agent ./cmd/agent
+build: ## Build serviceproxy-controller and serviceproxy-agent into the folder BIN, which is bin.
+	go build -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN)/serviceproxy-controller ./cmd/controller
+	go build -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN)/serviceproxy-agent ./cmd/agent
 
 generate: ## Generate Go code from the API types.
 	go tool controller-gen object:headerFile=hack/boilerplate.go.txt paths=./api/...

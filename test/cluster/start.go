@@ -105,14 +105,18 @@ func (c *Cluster) kubernetesTools(ctx context.Context) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// buildPrograms builds the controller and the agent from this checkout.
+// buildPrograms builds the controller and the agent from this checkout, as `make build` does: with its version, and from its build cache.
 func (c *Cluster) buildPrograms(ctx context.Context) (string, error) {
 	if ctx.Err() != nil {
 		return "", errors.New("the cluster is closed")
 	}
 	bin := filepath.Join(c.Dir, "bin")
-	cmd := exec.Command("go", "build", "-o", bin+"/", "./cmd/controller", "./cmd/agent")
+	cmd := exec.Command("make", "--silent", "--no-print-directory", "build", "BIN="+bin)
 	cmd.Dir = c.root
+	// What a make above us was told is not meant for this one, and the jobs of its job server are no longer ours.
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "MAKEFLAGS=") || strings.HasPrefix(v, "MFLAGS=") || strings.HasPrefix(v, "MAKELEVEL=")
+	})
 	if out, err := c.spawner.Run(ctx, cmd); err != nil {
 		return "", fmt.Errorf("build the controller and the agent: %w\n%s", err, out)
 	}
@@ -123,7 +127,7 @@ func (c *Cluster) buildPrograms(ctx context.Context) (string, error) {
 func (c *Cluster) program(name string, args ...string) func(context.Context) ([]string, error) {
 	return func(context.Context) ([]string, error) {
 		bin, err := c.build()
-		return append([]string{filepath.Join(bin, name)}, args...), err
+		return append([]string{filepath.Join(bin, "serviceproxy-"+name)}, args...), err
 	}
 }
 

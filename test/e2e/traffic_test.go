@@ -6,7 +6,9 @@ import (
 	"math"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -95,6 +97,10 @@ var _ = Describe("a covered Service", Ordered, func() {
 		for _, n := range c.Nodes {
 			Eventually(func() *v1alpha1.NodeProxyState { return nodeState(n.Name) }).Should(HaveField("Status.Services", BeNumerically(">=", 4)))
 		}
+		version, err := exec.Command(agentCommand(c.Nodes[0])[0], "--version").Output()
+		Expect(err).NotTo(HaveOccurred())
+		Expect(string(version)).NotTo(ContainSubstring("devel"), "it is built as a release is")
+		Expect(nodeState("node1").Status.AgentVersion).To(Equal(strings.TrimSpace(string(version))))
 	})
 
 	It("answers at its ClusterIPs, from pods on every node, with their addresses kept", func() {
