@@ -64,7 +64,7 @@ func main() {
 
 // run tells the story from beginning to end and leaves nothing.
 func run(ctx context.Context, out io.Writer) error {
-	c, err := tell(ctx, out)
+	c, err := tell(ctx, out, make(crashes, 1))
 	if c == nil {
 		return err
 	}
@@ -74,15 +74,23 @@ func run(ctx context.Context, out io.Writer) error {
 	return errors.Join(err, c.Close())
 }
 
-// tell starts a cluster and tells the story. The caller closes the cluster, which is nil only after an error. After an error the logs are kept.
-func tell(ctx context.Context, out io.Writer) (*cluster.Cluster, error) {
+// tell starts a cluster and tells the story, which a program that crashes ends. The caller closes the cluster, which is nil only after an error.
+// After an error the logs are kept.
+func tell(ctx context.Context, out io.Writer, ended crashes) (*cluster.Cluster, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, storyTimeout, fmt.Errorf("not done after %v", storyTimeout))
 	defer cancel()
-	ctx, crashed := context.WithCancelCause(ctx)
-	defer crashed(nil)
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	go func() {
+		select {
+		case err := <-ended:
+			fail(err)
+		case <-ctx.Done():
+		}
+	}()
 	s := &story{out: out, colours: isTerminal(out)}
 	s.scene("A cluster of three nodes on this machine")
-	c, err := cluster.Start(ctx, cluster.Options{Name: clusterName, Nodes: 3, Proxy: true, Progress: indented{out}, Crashed: crashed})
+	c, err := cluster.Start(ctx, cluster.Options{Name: clusterName, Nodes: 3, Proxy: true, Progress: indented{out}, Crashed: ended.add})
 	if err != nil {
 		return nil, err
 	}

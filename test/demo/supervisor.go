@@ -78,7 +78,8 @@ func supervise(ctx context.Context) error {
 			cancel(errors.New("interrupted"))
 		}
 	}()
-	c, err := tell(ctx, os.Stdout)
+	ended := make(crashes, 1)
+	c, err := tell(ctx, os.Stdout, ended)
 	if err != nil {
 		if c != nil {
 			err = errors.Join(err, c.Close())
@@ -90,8 +91,58 @@ func supervise(ctx context.Context) error {
 	if err := letGo(c); err != nil {
 		return errors.Join(err, c.Close())
 	}
-	<-ctx.Done()
-	return c.Close()
+	programs := []program{c.Controller}
+	for _, n := range c.Nodes {
+		programs = append(programs, n.Agent)
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return c.Close()
+		case err := <-ended:
+			fmt.Println(err)
+			revive(ctx, os.Stdout, programs)
+		}
+	}
+}
+
+// crashes has what is known of a program that ended by itself. One stands for any number.
+type crashes chan error
+
+func (c crashes) add(err error) {
+	select {
+	case c <- err:
+	default:
+	}
+}
+
+// program is one that is to run for as long as the cluster.
+type program interface {
+	Name() string
+	Running() bool
+	Start(context.Context) error
+}
+
+// reviveAfter is how long a program that ended stays so.
+const reviveAfter = time.Second
+
+// revive starts what does not run any more, as a Deployment and a DaemonSet would, and says so.
+func revive(ctx context.Context, out io.Writer, programs []program) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-time.After(reviveAfter):
+	}
+	for _, p := range programs {
+		if p.Running() {
+			continue
+		}
+		how := "started again, as its DaemonSet or Deployment would"
+		if err := p.Start(ctx); err != nil {
+			how = err.Error()
+		}
+		fmt.Fprintf(out, "%s %s: %s\n", time.Now().Format(time.TimeOnly), p.Name(), how)
+	}
 }
 
 // letGo tells the demo that it may end, and lets go of its terminal.
@@ -147,6 +198,7 @@ func thingsToTry(out io.Writer, c *cluster.Cluster) {
 	fmt.Fprint(out, strings.NewReplacer(
 		"KUBECONFIG_PATH", c.Kubeconfig, "ASSETS", c.Assets, "LOGS", c.LogDir(),
 		"exec CLIENT", "exec "+c.Exec(namespace+".client-1"), "exec NODE", "exec "+c.Exec("node1"), "exec OUTSIDE", "exec "+c.Exec("outside"),
+		"pids NODE", "pids "+c.Exec("node1"),
 	).Replace(`
 The cluster stays up. Things to try:
 
@@ -168,6 +220,9 @@ The cluster stays up. Things to try:
   see, and break, what the agent on NODE1 programmed; it repairs it:
     ip netns exec NODE nft list ruleset
     ip netns exec NODE nft flush ruleset
+
+  kill the agent on NODE1; it comes back after a second, as its DaemonSet would bring it back:
+    kill -KILL $(ip netns pids NODE); tail -f LOGS/supervisor.log
 
   logs:
     ls LOGS
