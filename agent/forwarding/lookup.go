@@ -1,0 +1,171 @@
+package forwarding
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Node is what of a node decides about packets besides its State.
+type Node struct {
+	// Addrs are the node's own addresses, loopback among them.
+	Addrs []netip.Addr
+	// ClusterCIDRs are the ranges of the cluster's pods. Without any of a family nobody's source is off the cluster.
+	ClusterCIDRs []netip.Prefix
+}
+
+// Packet is the first packet of a connection as it reaches the node or leaves one of its own sockets.
+type Packet struct {
+	Protocol    Protocol
+	Source      netip.Addr
+	Destination netip.AddrPort
+	// Pinned is the endpoint to which the client's earlier connections to the same service port went, if its time is not over. The zero value: none.
+	Pinned netip.AddrPort
+}
+
+// Fate is what becomes of a packet.
+type Fate uint8
+
+const (
+	// Passed packets are none of ours.
+	Passed Fate = iota
+	// Rejected packets are answered at once: connection refused.
+	Rejected
+	// Dropped packets are discarded silently.
+	Dropped
+	// Forwarded packets go to an endpoint.
+	Forwarded
+)
+
+func (f Fate) String() string {
+	return [...]string{"passed", "rejected", "dropped", "forwarded"}[f]
+}
+
+// Verdict is what a State does with a packet.
+type Verdict struct {
+	Fate Fate
+	// Service is the one that the packet is for; nil if Passed, or Rejected because no service has that port.
+	Service *Service
+	// Endpoints are those that may be chosen, by the Service's scheduler; of the destination's family.
+	Endpoints []Endpoint
+	// Masquerade gives the connection an address of the node as its source. See Masquerades.
+	Masquerade bool
+	source     netip.Addr
+}
+
+// Masquerades says whether a connection that goes to this endpoint gets an address of the node as its source: also if the endpoint calls itself through
+// the service, because its answer would never pass the node otherwise.
+func (v Verdict) Masquerades(e Endpoint) bool {
+	return v.Masquerade || e.Local && e.AddrPort.Addr() == v.source
+}
+
+// Lookup says what becomes of a packet. It is the specification that every backend is held to, written to be read: its cost grows with the State.
+//
+// A frontend that two services claim is whose key comes first; the agent never makes such a State.
+func (s State) Lookup(n Node, p Packet) Verdict {
+	var found *Service
+	how := none
+	known := false // some service has the address
+	for svc := range s.All() {
+		known = known || slices.Contains(svc.ServiceIPs, p.Destination.Addr())
+		f := svc.frontend(n, p)
+		// A service's address beats a node port where they meet: external IPs may be addresses of the node.
+		if f > how || f == how && f != none && svc.Key.Compare(found.Key) < 0 {
+			found, how = svc, f
+		}
+	}
+	switch {
+	case found != nil:
+		return found.decide(n, p, how)
+	case known:
+		return Verdict{Fate: Rejected}
+	}
+	return Verdict{}
+}
+
+// frontend is by which of its addresses a packet is for a service; a later one beats an earlier one.
+type frontend uint8
+
+const (
+	none frontend = iota
+	nodePort
+	externalIP
+	serviceIP
+)
+
+func (s *Service) frontend(n Node, p Packet) frontend {
+	to := p.Destination.Addr()
+	switch {
+	case s.Key.Protocol != p.Protocol:
+		return none
+	case s.Key.Port == p.Destination.Port() && slices.Contains(s.ServiceIPs, to):
+		return serviceIP
+	case s.Key.Port == p.Destination.Port() && slices.Contains(s.ExternalIPs, to):
+		return externalIP
+	case s.NodePort != 0 && s.NodePort == p.Destination.Port() && slices.Contains(n.Addrs, to) && servedAt(s.NodePortAddresses, to):
+		return nodePort
+	}
+	return none
+}
+
+// servedAt says whether node ports are served at one of the node's addresses: loopback only if it is asked for, not as a part of everything.
+func servedAt(prefixes []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) && (!a.IsLoopback() || p.Addr().IsLoopback()) })
+}
+
+// decide says what becomes of a packet that is for the service.
+func (s *Service) decide(n Node, p Packet, how frontend) Verdict {
+	v := Verdict{Service: s, source: p.Source}
+	own := slices.Contains(n.Addrs, p.Source)
+	pod := n.isPod(p.Source)
+	target := &s.Internal
+	switch {
+	case how == serviceIP:
+		v.Masquerade = !pod && n.knowsPods(p.Source)
+	case own || pod:
+		target = &s.ExternalFromHere
+		v.Masquerade = own || !s.PreserveSource
+	default:
+		target = &s.External
+		v.Masquerade = !s.PreserveSource
+	}
+	if how == externalIP && len(s.SourceRanges) > 0 && slices.Contains(s.LoadBalancerIPs, p.Destination.Addr()) &&
+		!slices.ContainsFunc(s.SourceRanges, func(r netip.Prefix) bool { return r.Contains(p.Source) }) {
+		v.Fate = Dropped
+		return v
+	}
+	switch target.Action {
+	case Drop:
+		v.Fate = Dropped
+	case Reject:
+		v.Fate = Rejected
+	case Forward:
+		v.Fate, v.Endpoints = Rejected, nil
+		for _, e := range target.Endpoints {
+			if e.AddrPort.Addr().Is4() == p.Destination.Addr().Is4() {
+				v.Fate, v.Endpoints = Forwarded, append(v.Endpoints, e)
+			}
+		}
+		v.Endpoints = s.pinned(v.Endpoints, p.Pinned)
+	}
+	return v
+}
+
+// pinned narrows the endpoints to the one that the client is pinned to, if it is still one of them.
+func (s *Service) pinned(all []Endpoint, to netip.AddrPort) []Endpoint {
+	if s.Affinity == 0 || !to.IsValid() {
+		return all
+	}
+	if i := slices.IndexFunc(all, func(e Endpoint) bool { return e.AddrPort == to }); i >= 0 {
+		return all[i : i+1]
+	}
+	return all
+}
+
+func (n Node) isPod(a netip.Addr) bool {
+	return slices.ContainsFunc(n.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// knowsPods says whether the node can tell pods of the address's family from others.
+func (n Node) knowsPods(a netip.Addr) bool {
+	return slices.ContainsFunc(n.ClusterCIDRs, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
+}
