@@ -2,7 +2,9 @@ package controllers
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -17,6 +19,9 @@ func SetupWithManager(mgr ctrl.Manager, options Options) error {
 	l := newLedger(options)
 	if err := mgr.Add(ledgerRunner{l, mgr.GetCache()}); err != nil {
 		return fmt.Errorf("register ledger: %w", err)
+	}
+	if err := mgr.AddReadyzCheck("ledger", l.ready); err != nil {
+		return fmt.Errorf("register the readiness check of the ledger: %w", err)
 	}
 	services := &serviceReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: mgr.GetEventRecorder("serviceproxy-controller"), options: options}
 	if err := services.setup(mgr); err != nil {
@@ -41,6 +46,16 @@ type ledgerRunner struct {
 
 func (r ledgerRunner) Start(ctx context.Context) error { return r.ledger.run(ctx, r.informers) }
 func (r ledgerRunner) NeedLeaderElection() bool        { return false }
+
+// ready fails until the ledger has seen everything that existed when it started. For /readyz, of every replica: each answers admission from its own ledger.
+func (l *ledger) ready(*http.Request) error {
+	select {
+	case <-l.synced:
+		return nil
+	default:
+		return errors.New("not all that is held was read yet")
+	}
+}
 
 // wakeups lets the ledger add to a controller's queue, and keeps the controller from starting before the ledger knows all that is held: held beats new.
 type wakeups struct {

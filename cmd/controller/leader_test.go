@@ -74,8 +74,8 @@ func newCluster(t *testing.T) *cluster {
 // startController starts a controller's process, and returns what kills it.
 func (c *cluster) startController(t *testing.T) (kill func()) {
 	t.Helper()
-	process := exec.Command(os.Args[0], "--kubeconfig="+c.kubeconfig, "--leader-elect", "--leader-election-namespace=default",
-		"--metrics-bind-address=0", "--health-probe-bind-address=0")
+	process := exec.Command(os.Args[0], "--kubeconfig="+c.kubeconfig, "--leader-elect", "--namespace=default",
+		"--webhook-bind-address=0", "--metrics-bind-address=0", "--health-probe-bind-address=0")
 	process.Env = append(os.Environ(), asController+"=1")
 	log := &strings.Builder{}
 	process.Stdout, process.Stderr = log, log

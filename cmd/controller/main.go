@@ -3,11 +3,11 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"runtime/debug"
 	"time"
@@ -22,10 +22,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+	webhookserver "sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/programmed"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/webhook"
 )
 
 // version is set by the linker; without it the module's own version is shown.
@@ -38,46 +40,6 @@ func main() {
 		fmt.Fprintln(os.Stderr, "controller:", err)
 		os.Exit(1)
 	}
-}
-
-type flags struct {
-	leaderElect                  bool
-	leaderNamespace              string
-	metricsAddress, probeAddress string
-	version                      bool
-	verbosity                    int
-}
-
-func parseFlags(args []string) (flags, error) {
-	var f flags
-	fs := flag.NewFlagSet("controller", flag.ContinueOnError)
-	if kubeconfig := flag.CommandLine.Lookup("kubeconfig"); kubeconfig != nil {
-		fs.Var(kubeconfig.Value, kubeconfig.Name, kubeconfig.Usage) // registered by controller-runtime
-	}
-	fs.BoolVar(&f.leaderElect, "leader-elect", false, "let one replica of several work at a time")
-	fs.StringVar(&f.leaderNamespace, "leader-election-namespace", "", "namespace of the leader's Lease; default: the namespace this pod runs in")
-	fs.StringVar(&f.metricsAddress, "metrics-bind-address", ":8080", "address of /metrics, 0 for none")
-	fs.StringVar(&f.probeAddress, "health-probe-bind-address", ":8081", "address of /healthz and /readyz, 0 for none")
-	fs.BoolVar(&f.version, "version", false, "print the version and exit")
-	fs.IntVar(&f.verbosity, "v", 0, "log verbosity: 0, or 1 for debugging")
-	if err := fs.Parse(args); err != nil {
-		return f, err
-	}
-	if fs.NArg() > 0 {
-		return f, fmt.Errorf("unexpected argument %q: all settings are flags", fs.Arg(0))
-	}
-	return f, errors.Join(checkAddress("--metrics-bind-address", f.metricsAddress), checkAddress("--health-probe-bind-address", f.probeAddress))
-}
-
-// checkAddress fails if address is no place to listen at. The manager would find out only once everything else runs.
-func checkAddress(name, address string) error {
-	if address == "0" {
-		return nil
-	}
-	if _, err := net.ResolveTCPAddr("tcp", address); err != nil || address == "" {
-		return fmt.Errorf("%s %q: must be HOST:PORT or :PORT, or 0 for none", name, address)
-	}
-	return nil
 }
 
 func run(ctx context.Context, args []string) error {
@@ -97,7 +59,8 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return fmt.Errorf("find the cluster (--kubeconfig, KUBECONFIG or a pod's service account): %w", err)
 	}
-	mgr, err := newManager(config, f)
+	var certificate webhook.Certificate
+	mgr, err := newManager(config, f, &certificate)
 	if err != nil {
 		return err
 	}
@@ -113,25 +76,30 @@ func run(ctx context.Context, args []string) error {
 	return mgr.Start(ctx)
 }
 
-func newManager(config *rest.Config, f flags) (ctrl.Manager, error) {
-	// Writes are one claim and one assignment per Service; the API server's priority and fairness protects it better than a limit here.
-	config.QPS, config.Burst = 500, 1000
+func newManager(config *rest.Config, f flags, certificate *webhook.Certificate) (ctrl.Manager, error) {
+	// No limit of our own: somebody's request waits for what admission asks for, and the API server's priority and fairness (config/flowcontrol) protects it better.
+	config.QPS = -1
 	config.UserAgent = "serviceproxy-controller/" + buildVersion()
 	scheme := runtime.NewScheme()
 	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme)); err != nil {
 		return nil, err
 	}
-	mgr, err := ctrl.NewManager(config, ctrl.Options{
+	options := ctrl.Options{
 		Scheme:                        scheme,
 		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields(), NewInformer: controllers.NewInformer},
 		Metrics:                       metricsserver.Options{BindAddress: f.metricsAddress},
 		HealthProbeBindAddress:        f.probeAddress,
 		LeaderElection:                f.leaderElect,
 		LeaderElectionID:              "serviceproxy-controller",
-		LeaderElectionNamespace:       f.leaderNamespace,
+		LeaderElectionNamespace:       f.namespace,
 		LeaderElectionReleaseOnCancel: true, // main ends right after the manager, so the next leader need not wait
 		GracefulShutdownTimeout:       new(10 * time.Second),
-	})
+	}
+	if f.servesWebhook() {
+		host, port := f.webhookHostPort()
+		options.WebhookServer = webhookserver.NewServer(webhookserver.Options{Host: host, Port: port, TLSOpts: []func(*tls.Config){certificate.Configure}})
+	}
+	mgr, err := ctrl.NewManager(config, options)
 	if err != nil {
 		return nil, fmt.Errorf("reach the cluster at %s: %w", config.Host, err)
 	}
