@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -33,9 +34,9 @@ type policyEntry struct {
 
 // registration is what is known of one ServiceCIDR.
 type registration struct {
-	prefixes []netip.Prefix
-	ours     string // the policy it was created for, empty if it is not ours
-	ready    time.Time
+	prefixes []netip.Prefix // in the order of the ServiceCIDR
+	ours     bool           // made for a policy
+	ready    time.Time      // since when, zero if it is not
 }
 
 // nodeEntry is what policies need to know of a node.
@@ -70,9 +71,11 @@ type ledger struct {
 	space       *allocator.Space
 	policies    map[string]*policyEntry
 	cidrs       map[string]registration // by name of the ServiceCIDR
+	serverPorts allocator.PortRange     // the API server's range of node ports, zero while unknown
 	nodes       map[string]nodeEntry
 	claims      map[allocator.Lock]*v1alpha1.AllocationClaim // as the informer has them: read only
 	pending     map[allocator.Lock]pending
+	steered     steered
 	services    map[types.NamespacedName][]allocator.Lock // every Service and its node ports
 	assignments map[types.NamespacedName]assignmentEntry
 	tallies     map[string]*tally
@@ -96,6 +99,7 @@ func newLedger(options Options) *ledger {
 		nodes:       map[string]nodeEntry{},
 		claims:      map[allocator.Lock]*v1alpha1.AllocationClaim{},
 		pending:     map[allocator.Lock]pending{},
+		steered:     steered{since: map[allocator.Lock]time.Time{}},
 		services:    map[types.NamespacedName][]allocator.Lock{},
 		assignments: map[types.NamespacedName]assignmentEntry{},
 		tallies:     map[string]*tally{},
@@ -221,22 +225,7 @@ func (l *ledger) refresh(now time.Time) {
 		return
 	}
 	l.stale, l.nextReady = false, time.Time{}
-	usable := map[netip.Prefix]bool{}
-	for _, c := range l.cidrs {
-		if c.ready.IsZero() {
-			continue
-		}
-		at := c.ready.Add(l.options.RangeGrace)
-		if now.Before(at) {
-			if l.nextReady.IsZero() || at.Before(l.nextReady) {
-				l.nextReady = at
-			}
-			continue
-		}
-		for _, p := range c.prefixes {
-			usable[p] = true
-		}
-	}
+	usable, server := l.server(now)
 	var parsed []*allocator.Policy
 	for _, e := range l.policies {
 		if e.parsed == nil {
@@ -256,13 +245,57 @@ func (l *ledger) refresh(now time.Time) {
 		before[p.Name] = usableRanges(p)
 	}
 	l.resolved, l.conflicts = allocator.Resolve(parsed)
-	l.space.Configure(l.resolved)
+	l.space.Configure(l.resolved, server)
 	for _, p := range l.resolved {
 		if usableRanges(p) > before[p.Name] {
 			l.wakeAll(p.Name)
 		}
 		l.touch(p.Name)
 	}
+}
+
+// server says which ranges every API server gives addresses of, and what of that no policy made. It notes when the next one is to be expected.
+func (l *ledger) server(now time.Time) (usable map[netip.Prefix]bool, out allocator.Server) {
+	usable, out.NodePorts = map[netip.Prefix]bool{}, l.serverPorts
+	for _, name := range l.cidrNames() {
+		c := l.cidrs[name]
+		if c.ours {
+			out.Made = append(out.Made, c.prefixes...)
+		}
+		if c.ready.IsZero() {
+			continue
+		}
+		at := c.ready.Add(l.options.RangeGrace)
+		if now.Before(at) {
+			if l.nextReady.IsZero() || at.Before(l.nextReady) {
+				l.nextReady = at
+			}
+			continue
+		}
+		for _, p := range c.prefixes {
+			usable[p] = true
+		}
+		if !c.ours {
+			out.Ranges = append(out.Ranges, c.prefixes...)
+		}
+	}
+	return usable, out
+}
+
+// defaultServiceCIDR is the ServiceCIDR that the API server makes from its flags.
+const defaultServiceCIDR = "kubernetes"
+
+// cidrNames lists the ServiceCIDRs, the default one first.
+func (l *ledger) cidrNames() []string {
+	return slices.SortedFunc(maps.Keys(l.cidrs), func(a, b string) int {
+		if (a == defaultServiceCIDR) != (b == defaultServiceCIDR) {
+			if a == defaultServiceCIDR {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a, b)
+	})
 }
 
 func usableRanges(p *allocator.Policy) (n int) {
@@ -328,11 +361,18 @@ func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
 	defer l.mu.Unlock()
 	now := time.Now()
 	l.refresh(now)
+	g, err := l.propose(r, now)
+	if isShortage(err) {
+		l.wait(r.Policy, serviceKey(r.Holder))
+	}
+	return g, err
+}
+
+// propose grants a lock and remembers it as pending. Callers hold mu.
+func (l *ledger) propose(r allocator.Request, now time.Time) (allocator.Grant, error) {
 	g, err := l.space.Grant(r)
 	if err == nil {
 		l.pending[g.Lock] = pending{since: now}
-	} else if isShortage(err) {
-		l.wait(r.Policy, serviceKey(r.Holder))
 	}
 	return g, err
 }
@@ -377,12 +417,16 @@ func (l *ledger) abandonLocked(lock allocator.Lock) {
 	}
 	l.space.Drop(lock)
 	l.wake(lock)
+	for policy := range l.space.PoliciesOf(lock) {
+		l.touch(policy)
+	}
 }
 
-// sweep abandons what has been pending for too long: its claim was made and deleted while the informer's watch was broken.
+// sweep abandons what has been pending for too long: its claim was made, and deleted by another process, while the informer's watch was broken.
 func (l *ledger) sweep(before time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.forgetSteered(time.Now())
 	for lock, p := range l.pending {
 		if p.since.Before(before) {
 			l.abandonLocked(lock)

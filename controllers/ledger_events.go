@@ -8,11 +8,13 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	toolscache "k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -46,7 +48,7 @@ func (l *ledger) run(ctx context.Context, informers cache.Cache) error {
 		return nil // ctx ended
 	}
 	close(l.synced)
-	<-ctx.Done()
+	wait.UntilWithContext(ctx, func(context.Context) { l.sweep(time.Now().Add(-l.options.LeakAge)) }, l.options.LeakAge/4)
 	return nil
 }
 
@@ -116,14 +118,11 @@ func (l *ledger) onServiceCIDR(before, after *networkingv1.ServiceCIDR) {
 }
 
 func registrationOf(c *networkingv1.ServiceCIDR) registration {
-	out := registration{}
+	out := registration{ours: isOurs(c.Labels)}
 	for _, s := range c.Spec.CIDRs {
 		if p, err := netip.ParsePrefix(s); err == nil {
 			out.prefixes = append(out.prefixes, p)
 		}
-	}
-	if isOurs(c.Labels) {
-		out.ours = c.Labels[v1alpha1.LabelPolicy]
 	}
 	if cond := apimeta.FindStatusCondition(c.Status.Conditions, networkingv1.ServiceCIDRConditionReady); cond != nil && cond.Status == "True" && c.DeletionTimestamp == nil {
 		out.ready = cond.LastTransitionTime.Time
@@ -217,9 +216,17 @@ func (l *ledger) onClaim(before, after *v1alpha1.AllocationClaim) {
 	for policy := range l.space.PoliciesOf(lock) {
 		l.touch(policy)
 	}
-	// A claim that somebody changed or deleted is its Service's business. Our own changes come by here too, and cost a look.
-	if before != nil && l.serviceQueue != nil && before.Spec.Holder.Name != "" {
-		l.serviceQueue.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: before.Spec.Holder.Namespace, Name: before.Spec.Holder.Name}})
+	// A claim that somebody changed or deleted is its Service's business, and so is one that appears after its Service went. Our own changes come by here
+	// too, and cost a look.
+	holder := named.Spec.Holder
+	if before != nil {
+		holder = before.Spec.Holder
+	}
+	key := types.NamespacedName{Namespace: holder.Namespace, Name: holder.Name}
+	_, exists := l.services[key]
+	late := before == nil && after.Spec.State == v1alpha1.ClaimBound && !exists
+	if (before != nil || late) && key.Name != "" && l.serviceQueue != nil {
+		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
 	}
 }
 
@@ -235,6 +242,7 @@ func (l *ledger) onIPAddress(before, after *networkingv1.IPAddress) {
 	lock := allocator.AddrLock(addr)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.steered.forget(lock)
 	if (after != nil) == l.space.Taken(lock) {
 		return
 	}
@@ -279,6 +287,7 @@ func (l *ledger) onService(before, after *corev1.Service) {
 		}
 	}
 	for _, lock := range now {
+		l.steered.forget(lock)
 		l.space.SetTaken(lock, true)
 	}
 	for _, lock := range append(was, now...) {

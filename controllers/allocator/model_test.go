@@ -15,22 +15,42 @@ import (
 type model struct {
 	space    *Space
 	policies []*Policy // resolved
+	server   Server
 	holds    map[Lock]Hold
 	taken    map[Lock]bool
 	universe []Lock
 }
 
-// configs are what the policies of a history may be: overlapping ranges, a range that shrinks, one that drains, node ports.
-var configs = func() [][]*Policy {
+// config is what a Space is told at one moment of a history.
+type config struct {
+	policies []*Policy
+	server   Server
+}
+
+// configs are what a history may go through: overlapping ranges, a range that shrinks, one that drains, one that never was registered, node ports; an API server
+// whose ranges hold those of policies, lie beside them, lie in one another, are none of the cluster's or not known.
+var configs = func() []config {
 	at := func(n int64) time.Time { return time.Unix(n, 0) }
-	draining := autoRange("10.0.0.0/28")
-	draining.Allocation = v1alpha1.RangeAllocationDraining
-	return [][]*Policy{
-		{{Name: "a", Created: at(1), Ranges: []Range{autoRange("10.0.0.0/28", "10.0.0.3")}, NodePorts: PortRange{30000, 30004}},
+	prefixes := func(cidrs ...string) (out []netip.Prefix) {
+		for _, c := range cidrs {
+			out = append(out, netip.MustParsePrefix(c))
+		}
+		return out
+	}
+	draining, lb := autoRange("10.0.0.0/28"), autoRange("10.0.0.24/29")
+	draining.Allocation, lb.Use = v1alpha1.RangeAllocationDraining, v1alpha1.RangeUseLoadBalancer
+	return []config{
+		{[]*Policy{{Name: "a", Created: at(1), Ranges: []Range{autoRange("10.0.0.0/28", "10.0.0.3")}, NodePorts: PortRange{30000, 30004}},
 			{Name: "b", Created: at(2), StickyFor: time.Hour, Ranges: []Range{autoRange("10.0.0.0/27"), autoRange("fd00::/125")}}},
-		{{Name: "a", Created: at(1), StickyFor: time.Hour, Ranges: []Range{autoRange("10.0.0.0/29"), autoRange("fd00::/126")}},
+			Server{Ranges: prefixes("10.0.0.0/27", "fd00::/125"), NodePorts: PortRange{30002, 30007}}},
+		{[]*Policy{{Name: "a", Created: at(1), StickyFor: time.Hour, Ranges: []Range{autoRange("10.0.0.0/29"), autoRange("fd00::/126")}},
 			{Name: "b", Created: at(2), Ranges: []Range{autoRange("10.0.0.8/29")}, NodePorts: PortRange{30002, 30006}}},
-		{{Name: "a", Created: at(1), Ranges: []Range{draining}}, {Name: "b", Created: at(2), Terminating: true, Ranges: []Range{autoRange("fd00::/125")}}},
+			Server{Ranges: prefixes("10.0.0.8/29", "10.0.0.0/27", "10.0.0.0/27", "10.0.0.16/29", "fd00::/125"), NodePorts: PortRange{30001, 30004}}},
+		{[]*Policy{{Name: "a", Created: at(1), Ranges: []Range{draining, lb}}, {Name: "b", Created: at(2), Terminating: true, Ranges: []Range{autoRange("fd00::/125")}, NodePorts: PortRange{30000, 30001}}},
+			Server{Ranges: prefixes("10.0.0.0/27"), Made: prefixes("fd00::/125"), NodePorts: PortRange{30000, 30003}}},
+		{[]*Policy{{Name: "b", Created: at(2), Ranges: []Range{autoRange("10.0.0.16/28")}, NodePorts: PortRange{30000, 30003}}},
+			Server{Ranges: prefixes("10.0.0.0/28", "fd00::/125"), Made: prefixes("10.0.0.8/29"), NodePorts: PortRange{30004, 30007}}},
+		{nil, Server{Ranges: prefixes("10.0.0.0/28", "fd00::/125"), NodePorts: PortRange{30000, 30003}}},
 		{},
 	}
 }()
@@ -48,18 +68,21 @@ func newModel(seed uint64) *model {
 }
 
 func (m *model) reconfigure(i int) {
-	m.policies, _ = Resolve(configs[i])
-	m.space.Configure(m.policies)
+	m.policies, _ = Resolve(configs[i].policies)
+	m.server = configs[i].server
+	m.space.Configure(m.policies, m.server)
 }
 
 func (m *model) kinds() []Request {
 	var out []Request
-	for _, policy := range []string{"a", "b"} {
+	for _, policy := range []string{"a", "b", ""} {
 		for _, family := range []v1alpha1.IPFamily{v1alpha1.IPv4, v1alpha1.IPv6, ""} {
 			out = append(out, request(policy, family, ""))
 		}
 	}
-	return out
+	balanced := request("a", v1alpha1.IPv4, "")
+	balanced.Use = v1alpha1.ClaimUseLoadBalancerIP
+	return append(out, balanced)
 }
 
 func (m *model) policy(name string) *Policy {
@@ -73,6 +96,9 @@ func (m *model) policy(name string) *Policy {
 
 // offered lists what a policy would give out if nothing were held.
 func (m *model) offered(r Request) map[Lock]bool {
+	if r.Policy == "" {
+		return m.steered(r.Family)
+	}
 	out := map[Lock]bool{}
 	p := m.policy(r.Policy)
 	if p == nil || p.Terminating {
@@ -80,7 +106,7 @@ func (m *model) offered(r Request) map[Lock]bool {
 	}
 	for _, l := range m.universe {
 		if l.IsPort() {
-			in := r.Family == "" && p.NodePorts.Contains(l.Port)
+			in := r.Family == "" && p.NodePorts.Contains(l.Port) && (m.server.NodePorts == PortRange{} || m.server.NodePorts.Contains(l.Port))
 			for _, e := range p.NodePortsExcluded {
 				in = in && !e.Contains(l.Port)
 			}
@@ -91,7 +117,7 @@ func (m *model) offered(r Request) map[Lock]bool {
 		}
 		for _, rg := range p.Ranges {
 			last := l.Addr.Is4() && !rg.Prefix.Contains(l.Addr.Next())
-			in := rg.Allocation == v1alpha1.RangeAllocationAutomatic && rg.Prefix.Contains(l.Addr) && l.Addr != rg.Prefix.Addr() && !last &&
+			in := (rg.Use == v1alpha1.RangeUseLoadBalancer) == (r.Use == v1alpha1.ClaimUseLoadBalancerIP) && rg.Allocation == v1alpha1.RangeAllocationAutomatic && rg.Prefix.Contains(l.Addr) && l.Addr != rg.Prefix.Addr() && !last &&
 				l.Addr.Is4() == (r.Family == v1alpha1.IPv4) && r.Family != ""
 			for _, e := range rg.Excluded {
 				in = in && !e.Contains(l.Addr)
@@ -102,6 +128,102 @@ func (m *model) offered(r Request) map[Lock]bool {
 		}
 	}
 	return out
+}
+
+func kindOf(l Lock) v1alpha1.IPFamily {
+	switch {
+	case l.IsPort():
+		return ""
+	case l.Addr.Is4():
+		return v1alpha1.IPv4
+	}
+	return v1alpha1.IPv6
+}
+
+// declared says whether a policy declares the lock, and made whether a ServiceCIDR made for a policy has it.
+func (m *model) declared(l Lock) bool {
+	for _, p := range m.policies {
+		for _, r := range p.Ranges {
+			if !l.IsPort() && r.Prefix.Contains(l.Addr) {
+				return true
+			}
+		}
+		if l.IsPort() && p.NodePorts.Contains(l.Port) {
+			return true
+		}
+	}
+	return false
+}
+
+func (m *model) made(l Lock) bool {
+	for _, p := range m.server.Made {
+		if !l.IsPort() && p.Contains(l.Addr) {
+			return true
+		}
+	}
+	return false
+}
+
+// steered lists what a Service that no policy covers may get: what the API server gives out and nobody declares, unless the API server may choose for itself.
+func (m *model) steered(kind v1alpha1.IPFamily) map[Lock]bool {
+	out := map[Lock]bool{}
+	for _, l := range m.universe {
+		if kindOf(l) == kind && m.native(l) && !m.edge(l) && !m.declared(l) && !m.made(l) {
+			out[l] = true
+		}
+	}
+	if !m.contested(kind) {
+		return nil
+	}
+	return out
+}
+
+// native says whether the lock lies in what the API server gives out by itself.
+func (m *model) native(l Lock) bool {
+	for _, p := range m.server.Ranges {
+		if !l.IsPort() && p.Contains(l.Addr) {
+			return true
+		}
+	}
+	return l.IsPort() && m.server.NodePorts.Contains(l.Port)
+}
+
+// edge says whether the lock is the first or, for IPv4, the last address of every range that has it.
+func (m *model) edge(l Lock) bool {
+	for _, p := range m.server.Ranges {
+		if !l.IsPort() && p.Contains(l.Addr) && l.Addr != p.Addr() && (l.Addr.Is6() || p.Contains(l.Addr.Next())) {
+			return false
+		}
+	}
+	return !l.IsPort()
+}
+
+func (m *model) contested(kind v1alpha1.IPFamily) bool {
+	for _, l := range m.universe {
+		if kindOf(l) == kind && (m.made(l) || m.native(l) && m.declared(l)) {
+			return true
+		}
+	}
+	return false
+}
+
+// owner is what Space.Owner has to say.
+func (m *model) owner(l Lock) (policy, declared string) {
+	first := time.Unix(1<<40, 0)
+	for _, p := range m.policies {
+		if !p.Created.Before(first) {
+			continue
+		}
+		for _, r := range p.Ranges {
+			if !l.IsPort() && r.Prefix.Contains(l.Addr) {
+				first, policy, declared = p.Created, p.Name, r.Prefix.String()
+			}
+		}
+		if l.IsPort() && p.NodePorts.Contains(l.Port) {
+			first, policy, declared = p.Created, p.Name, fmt.Sprintf("%d-%d", p.NodePorts.First, p.NodePorts.Last)
+		}
+	}
+	return policy, declared
 }
 
 func (m *model) grant(r Request, service string) error {
@@ -118,6 +240,9 @@ func (m *model) grant(r Request, service string) error {
 		}
 	}
 	g, err := m.space.Grant(r)
+	if r.Policy == "" && errors.Is(err, ErrNoRange) != (!m.contested(r.Family) || !m.known(r.Family)) {
+		return fmt.Errorf("%+v: got %v, %w; contested: %v", r, g, err, m.contested(r.Family))
+	}
 	switch {
 	case err != nil && (len(free) > 0 || len(resting) > 0):
 		return fmt.Errorf("%+v refused with %w, though free are %v and resting %v", r, err, free, resting)
@@ -132,8 +257,22 @@ func (m *model) grant(r Request, service string) error {
 	case len(resting) == 0 && (g.Reclaim || !free[g.Lock]):
 		return fmt.Errorf("%+v got %+v, free were %v", r, g, free)
 	}
+	if r.Policy == "" {
+		m.taken[g.Lock] = true
+		return nil
+	}
 	m.holds[g.Lock] = Hold{Policy: r.Policy, Use: r.Use, State: v1alpha1.ClaimReserved, Holder: r.Holder}
 	return nil
+}
+
+// known says whether the API server has a range for the kind.
+func (m *model) known(kind v1alpha1.IPFamily) bool {
+	for _, l := range m.universe {
+		if kindOf(l) == kind && m.native(l) {
+			return true
+		}
+	}
+	return false
 }
 
 func (m *model) take(l Lock) {
@@ -176,6 +315,12 @@ func (m *model) compare() error {
 	}
 	if !maps.Equal(found, m.holds) || !maps.Equal(byName, m.holds) {
 		return fmt.Errorf("held: got %v, by name %v, want %v", found, byName, m.holds)
+	}
+	for _, l := range m.universe {
+		policy, declared := m.owner(l)
+		if gotPolicy, gotDeclared := m.space.Owner(l); gotPolicy != policy || gotDeclared != declared {
+			return fmt.Errorf("%v: owner %q %q, want %q %q", l, gotPolicy, gotDeclared, policy, declared)
+		}
 	}
 	for _, p := range m.policies {
 		for _, rg := range p.Ranges {

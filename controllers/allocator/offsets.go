@@ -44,6 +44,26 @@ func (b *bitmap) give(o uint64) {
 	}
 }
 
+// giveAll puts the offsets in [from, to) back, at a cost of one step for 64 of them.
+func (b *bitmap) giveAll(from, to uint64) {
+	for _, level := range b.levels {
+		if from >= to {
+			return
+		}
+		for word := from / 64; word*64 < to; word++ {
+			ones := ^uint64(0)
+			if low := word * 64; low < from {
+				ones <<= from - low
+			}
+			if high := word*64 + 64; high > to {
+				ones &= ^uint64(0) >> (high - to)
+			}
+			level[word] |= ones
+		}
+		from, to = from/64, (to+63)/64
+	}
+}
+
 func (b *bitmap) take(o uint64) {
 	for _, level := range b.levels {
 		word := &level[o/64]

@@ -69,6 +69,16 @@ func (r PortRange) overlaps(o PortRange) bool {
 	return r.First != 0 && o.First != 0 && r.First <= o.Last && o.First <= r.Last
 }
 
+// Intersect is what both ranges have.
+func (r PortRange) Intersect(o PortRange) PortRange {
+	if !r.overlaps(o) {
+		return PortRange{}
+	}
+	return PortRange{max(r.First, o.First), min(r.Last, o.Last)}
+}
+
+func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last) }
+
 // DefaultQuarantine is how long a released lock rests if its policy does not say.
 const DefaultQuarantine = time.Minute
 
@@ -212,7 +222,7 @@ type Conflict struct {
 
 func (c Conflict) String() string {
 	if c.Ports.First != 0 {
-		return fmt.Sprintf("node ports %d-%d belong to the older policy %s", c.Ports.First, c.Ports.Last, c.With)
+		return fmt.Sprintf("node ports %s belong to the older policy %s", c.Ports, c.With)
 	}
 	return fmt.Sprintf("%s belongs to the older policy %s", c.Overlap, c.With)
 }
@@ -220,21 +230,24 @@ func (c Conflict) String() string {
 // Resolve settles what several policies declare: the older policy (then the first by name) has it, and the others' ranges exclude it.
 // The result is sorted by precedence, the input is not changed.
 func Resolve(policies []*Policy) ([]*Policy, []Conflict) {
-	byAge := slices.Clone(policies)
-	slices.SortFunc(byAge, func(a, b *Policy) int {
-		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
-	})
+	sorted := slices.Clone(policies)
+	slices.SortFunc(sorted, byAge)
 	var conflicts []Conflict
-	for i, p := range byAge {
+	for i, p := range sorted {
 		resolved := *p
 		resolved.Ranges = slices.Clone(p.Ranges)
-		for _, older := range byAge[:i] {
+		for _, older := range sorted[:i] {
 			conflicts = append(conflicts, resolved.yieldTo(older)...)
 		}
-		byAge[i] = &resolved
+		sorted[i] = &resolved
 	}
-	SortByPrecedence(byAge)
-	return byAge, conflicts
+	SortByPrecedence(sorted)
+	return sorted, conflicts
+}
+
+// byAge orders policies by their rights to what several declare.
+func byAge(a, b *Policy) int {
+	return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
 }
 
 // yieldTo excludes from p's ranges what older declares.
@@ -255,8 +268,7 @@ func (p *Policy) yieldTo(older *Policy) []Conflict {
 			conflicts = append(conflicts, Conflict{Policy: p.Name, With: older.Name, Overlap: overlap, Whole: whole})
 		}
 	}
-	if p.NodePorts.overlaps(older.NodePorts) {
-		both := PortRange{max(p.NodePorts.First, older.NodePorts.First), min(p.NodePorts.Last, older.NodePorts.Last)}
+	if both := p.NodePorts.Intersect(older.NodePorts); both.Size() > 0 {
 		p.NodePortsExcluded = append(slices.Clone(p.NodePortsExcluded), both)
 		conflicts = append(conflicts, Conflict{Policy: p.Name, With: older.Name, Ports: both, Whole: both == p.NodePorts})
 	}

@@ -137,21 +137,24 @@ func (p *pool) fill() {
 		p.free = &sparse{taken: map[uint64]struct{}{}, excluded: p.excluded}
 		return
 	}
-	p.free = newBitmap(p.last + 1)
-	for o := p.first; o <= p.last; o++ {
-		if end, in := spanOf(p.excluded, o); in {
-			o = end
-			continue
-		}
-		p.free.give(o)
+	b := newBitmap(p.last + 1)
+	from := p.first
+	for _, s := range p.excluded {
+		b.giveAll(from, s.first)
+		from = s.last + 1
 	}
+	b.giveAll(from, p.last+1)
+	p.free = b
 }
 
-func (p *pool) family() v1alpha1.IPFamily {
-	if p.prefix.Addr().Is4() {
-		return v1alpha1.IPv4
+func (p *pool) family() v1alpha1.IPFamily { return familyOf(p.prefix) }
+
+// String is the range as its policy declares it.
+func (p *pool) String() string {
+	if p.ports.First != 0 {
+		return p.ports.String()
 	}
-	return v1alpha1.IPv6
+	return p.prefix.String()
 }
 
 // contains says whether the lock lies in the pool's range, given out or not.

@@ -24,6 +24,7 @@ type Hold struct {
 
 // Request asks for one lock.
 type Request struct {
+	// Policy is whose ranges it is taken from. Empty: of what the API server gives out and no policy declares; such a lock is the API server's to record.
 	Policy string
 	// Family is the family of the wanted address, empty for a node port.
 	Family v1alpha1.IPFamily
@@ -61,6 +62,9 @@ func (e *ExhaustedError) Error() string {
 	if e.Family == "" {
 		what = "node ports"
 	}
+	if e.Policy == "" {
+		return fmt.Sprintf("the API server's own ranges have no free %s outside of all policies' ranges: %d of %d in use", what, e.Used, e.Total)
+	}
 	return fmt.Sprintf("policy %s has no free %s: %d of %d in use", e.Policy, what, e.Used, e.Total)
 }
 
@@ -78,7 +82,8 @@ type occupant struct {
 type Space struct {
 	random    *rand.Rand
 	policies  map[string]*Policy
-	pools     map[string][]*pool // by policy, in the order of the spec, the pool of node ports last
+	pools     map[string][]*pool // by policy, in the order of the spec, the pool of node ports last; those of Server by the empty name
+	contested map[v1alpha1.IPFamily]bool
 	byPrefix  map[netip.Prefix][]*pool
 	bits      map[bool][]int // the prefix lengths in byPrefix, by "is IPv4"
 	ports     []*pool
@@ -94,8 +99,9 @@ func NewSpace(random *rand.Rand) *Space {
 	}
 }
 
-// Configure replaces the policies, which Resolve returned. What is held stays held, inside the new ranges or not.
-func (s *Space) Configure(policies []*Policy) {
+// Configure replaces the policies, which Resolve returned, and what the API server gives out. What is held stays held, inside the new ranges or not. Node ports
+// that the API server refuses are not given out.
+func (s *Space) Configure(policies []*Policy, server Server) {
 	old := map[poolID][]*pool{}
 	for _, pools := range s.pools {
 		for _, p := range pools {
@@ -105,16 +111,17 @@ func (s *Space) Configure(policies []*Policy) {
 	s.policies, s.pools, s.byPrefix, s.ports = map[string]*Policy{}, map[string][]*pool{}, map[netip.Prefix][]*pool{}, nil
 	s.bits = map[bool][]int{}
 	var fresh []*pool
-	keep := func(p *pool) *pool {
-		for _, o := range old[p.poolID] {
-			if slices.Equal(o.excluded, p.excluded) {
-				o.use, o.allocation, o.usable = p.use, p.allocation, p.usable
-				return o
-			}
+	add := func(p *pool) {
+		i := slices.IndexFunc(old[p.poolID], func(o *pool) bool { return slices.Equal(o.excluded, p.excluded) })
+		if i >= 0 {
+			o := old[p.poolID][i]
+			o.use, o.allocation, o.usable = p.use, p.allocation, p.usable
+			p = o
+		} else {
+			p.fill()
+			fresh = append(fresh, p)
 		}
-		p.fill()
-		fresh = append(fresh, p)
-		return p
+		s.index(p)
 	}
 	for _, policy := range policies {
 		s.policies[policy.Name] = policy
@@ -122,20 +129,18 @@ func (s *Space) Configure(policies []*Policy) {
 			r := &policy.Ranges[i]
 			p := newAddrPool(policy.Name, r)
 			p.use, p.allocation, p.usable = r.Use, r.Allocation, r.Usable && !policy.Terminating
-			p = keep(p)
-			s.pools[policy.Name] = append(s.pools[policy.Name], p)
-			s.byPrefix[p.prefix] = append(s.byPrefix[p.prefix], p)
-			if is4 := p.prefix.Addr().Is4(); !slices.Contains(s.bits[is4], p.prefix.Bits()) {
-				s.bits[is4] = append(s.bits[is4], p.prefix.Bits())
-			}
+			add(p)
 		}
 		if policy.NodePorts.Size() > 0 {
-			p := newPortPool(policy.Name, policy.NodePorts, policy.NodePortsExcluded)
+			p := newPortPool(policy.Name, policy.NodePorts, append(server.beyond(policy.NodePorts), policy.NodePortsExcluded...))
 			p.usable = !policy.Terminating
-			p = keep(p)
-			s.pools[policy.Name] = append(s.pools[policy.Name], p)
-			s.ports = append(s.ports, p)
+			add(p)
 		}
+	}
+	s.contested = server.contested(policies)
+	for _, p := range server.pools(policies) {
+		p.usable = true
+		add(p)
 	}
 	if len(fresh) == 0 {
 		return
@@ -146,6 +151,19 @@ func (s *Space) Configure(policies []*Policy) {
 				p.count(l, free, p.classify(o))
 			}
 		}
+	}
+}
+
+// index makes a pool findable.
+func (s *Space) index(p *pool) {
+	s.pools[p.policy] = append(s.pools[p.policy], p)
+	if p.ports.First != 0 {
+		s.ports = append(s.ports, p)
+		return
+	}
+	s.byPrefix[p.prefix] = append(s.byPrefix[p.prefix], p)
+	if is4 := p.prefix.Addr().Is4(); !slices.Contains(s.bits[is4], p.prefix.Bits()) {
+		s.bits[is4] = append(s.bits[is4], p.prefix.Bits())
 	}
 }
 
@@ -209,7 +227,13 @@ func (s *Space) All() iter.Seq2[Lock, *Hold] {
 
 // Grant picks a free lock and holds it as Reserved, so that the next Grant picks another. The caller makes the claim and then calls Hold, or
 // Drop if it could not. A lock that rests for a Service of the same name comes first.
+//
+// Without a policy the lock is Taken instead, for the API server is about to give it; if it does not, the caller says so with SetTaken. Such a request fails with
+// ErrNoRange where the API server's own choice can do no harm, or its ranges are not known.
 func (s *Space) Grant(r Request) (Grant, error) {
+	if r.Policy == "" && !s.contested[r.Family] {
+		return Grant{}, fmt.Errorf("%s of no policy: %w", r.kind(), ErrNoRange)
+	}
 	hold := Hold{Policy: r.Policy, Use: r.Use, State: v1alpha1.ClaimReserved, Holder: r.Holder}
 	if l, ok := s.sticky(r); ok {
 		s.Hold(l, hold)
@@ -233,10 +257,16 @@ func (s *Space) Grant(r Request) (Grant, error) {
 	// The static bands of all ranges are left alone while any upper band has room.
 	for _, upper := range []bool{true, false} {
 		for _, p := range candidates {
-			if l, ok := p.pick(upper, s.uint64n); ok {
-				s.Hold(l, hold)
-				return Grant{Lock: l}, nil
+			l, ok := p.pick(upper, s.uint64n)
+			if !ok {
+				continue
 			}
+			if r.Policy == "" {
+				s.SetTaken(l, true)
+			} else {
+				s.Hold(l, hold)
+			}
+			return Grant{Lock: l}, nil
 		}
 	}
 	switch {
@@ -335,11 +365,23 @@ func (s *Space) PortCounts(policy string) Counts {
 func (s *Space) PoliciesOf(l Lock) iter.Seq[string] {
 	return func(yield func(string) bool) {
 		for p := range s.poolsOf(l) {
-			if !yield(p.policy) {
+			if p.policy != "" && !yield(p.policy) {
 				return
 			}
 		}
 	}
+}
+
+// Owner names the policy that declares the lock, for whatever use, and the range as it does; the oldest policy (then the first by name) if several do. It is empty if
+// none does.
+func (s *Space) Owner(l Lock) (policy, declared string) {
+	var owner *Policy
+	for p := range s.poolsOf(l) {
+		if mine := s.policies[p.policy]; mine != nil && (owner == nil || byAge(mine, owner) < 0) {
+			owner, policy, declared = mine, p.policy, p.String()
+		}
+	}
+	return policy, declared
 }
 
 func (s *Space) poolsOf(l Lock) iter.Seq[*pool] {

@@ -17,7 +17,7 @@ import (
 func newTestSpace(policies ...*Policy) *Space {
 	s := NewSpace(rand.New(rand.NewPCG(1, 2)))
 	resolved, _ := Resolve(policies)
-	s.Configure(resolved)
+	s.Configure(resolved, Server{})
 	return s
 }
 
@@ -198,7 +198,7 @@ func TestSticky(t *testing.T) {
 	s.SetTaken(first.Lock, false)
 	once := *policy
 	once.StickyFor = 0
-	s.Configure([]*Policy{&once})
+	s.Configure([]*Policy{&once}, Server{})
 	if g, _ := s.Grant(request("p", v1alpha1.IPv4, "web")); g.Reclaim {
 		t.Error("sticky although stickyFor is 0")
 	}
