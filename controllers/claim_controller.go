@@ -48,7 +48,6 @@ func claimOfReservation(_ context.Context, obj client.Object) []reconcile.Reques
 
 // Reconcile looks at one claim and at the reservation of the same address.
 func (r *claimReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
-	r.ledger.sweep(time.Now().Add(-r.options.LeakAge))
 	var claim *v1alpha1.AllocationClaim
 	found, err := get(ctx, r.client, req.NamespacedName, &claim)
 	if err != nil {
@@ -96,7 +95,7 @@ func (r *claimReconciler) leak(ctx context.Context, claim *v1alpha1.AllocationCl
 	if ok, err := exists(r.live); err != nil || ok {
 		return ctrl.Result{}, err
 	}
-	return ctrl.Result{}, release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName))
+	return ctrl.Result{}, r.ledger.release(ctx, r.client, r.live, claim)
 }
 
 // addrLock is the lock on an address that the name stands for; not ok if it stands for anything else.

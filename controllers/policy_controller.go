@@ -56,7 +56,12 @@ func (r *policyReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctr
 		return ctrl.Result{RequeueAfter: r.options.StatusInterval}, nil
 	}
 	if !policy.DeletionTimestamp.IsZero() {
-		return ctrl.Result{}, r.finalize(ctx, policy, view)
+		waits, err := r.finalize(ctx, policy, view)
+		if err != nil || !waits {
+			return ctrl.Result{}, err
+		}
+		// What is left is counted by live reads, too, of which no event needs to tell: a claim may come and go while the informer's watch is broken.
+		return ctrl.Result{RequeueAfter: deletionRetry}, nil
 	}
 	if !controllerutil.ContainsFinalizer(policy, v1alpha1.FinalizerPolicy) {
 		held := policy.DeepCopy()
@@ -209,25 +214,27 @@ func (r *policyReconciler) giveUp(ctx context.Context, policy string, c *network
 	return out, nil
 }
 
-// finalize lets a deleted policy go once nothing that it gave out is held any more.
-func (r *policyReconciler) finalize(ctx context.Context, policy *v1alpha1.ServiceProxyPolicy, view policyView) error {
+// deletionRetry is how often a policy whose deletion waits is looked at even if nothing happens.
+const deletionRetry = 10 * time.Second
+
+// finalize lets a deleted policy go once nothing that it gave out is held any more, and says whether that still waits for something.
+func (r *policyReconciler) finalize(ctx context.Context, policy *v1alpha1.ServiceProxyPolicy, view policyView) (waits bool, err error) {
 	if !controllerutil.ContainsFinalizer(policy, v1alpha1.FinalizerPolicy) {
-		return nil
+		return false, nil
 	}
 	claims, _ := r.ledger.inUse(policy.Name, netip.Prefix{}, nil)
 	if claims == 0 {
 		var live v1alpha1.AllocationClaimList
 		if err := r.live.List(ctx, &live, client.MatchingLabels{v1alpha1.LabelPolicy: policy.Name}, client.Limit(500)); err != nil {
-			return fmt.Errorf("list claims: %w", err)
+			return false, fmt.Errorf("list claims: %w", err)
 		}
 		claims = len(live.Items)
 	}
 	left := claims
 	var drained []drainedRange
 	if claims == 0 {
-		var err error
 		if drained, err = r.register(ctx, policy, view); err != nil {
-			return err
+			return false, err
 		}
 		for _, d := range drained {
 			left += d.claims + d.foreign
@@ -236,12 +243,12 @@ func (r *policyReconciler) finalize(ctx context.Context, policy *v1alpha1.Servic
 	if left+int(view.tally.covered) > 0 {
 		status := policyStatus(policy, view, drained)
 		setDeleting(&status, policy, claims, left-claims, int(view.tally.covered))
-		return r.writeStatus(ctx, policy, status)
+		return true, r.writeStatus(ctx, policy, status)
 	}
 	released := policy.DeepCopy()
 	controllerutil.RemoveFinalizer(released, v1alpha1.FinalizerPolicy)
 	if err := client.IgnoreNotFound(r.client.Patch(ctx, released, client.MergeFromWithOptions(policy, client.MergeFromWithOptimisticLock{}))); err != nil {
-		return fmt.Errorf("remove finalizer: %w", err)
+		return false, fmt.Errorf("remove finalizer: %w", err)
 	}
-	return nil
+	return false, nil
 }

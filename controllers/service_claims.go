@@ -316,6 +316,7 @@ func (r *serviceReconciler) forget(ctx context.Context, lock allocator.Lock, hol
 	if err := client.IgnoreNotFound(r.client.Delete(ctx, claim, exactly(claim))); err != nil {
 		return fmt.Errorf("delete claim %s: %w", lock, err)
 	}
+	r.ledger.abandon(lock)
 	return nil
 }
 
@@ -348,7 +349,7 @@ func (r *serviceReconciler) releaseSurplus(ctx context.Context, key types.Namesp
 				continue
 			}
 		}
-		if err := release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName)); err != nil {
+		if err := r.ledger.release(ctx, r.client, r.live, claim); err != nil {
 			return err
 		}
 	}
@@ -403,7 +404,18 @@ func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key
 }
 
 // release lets go of a claim whose holder is known, by a live read, not to own it any more: first the reservation, so that a Released claim
-// proves that there is none, then the claim, which rests for a while.
+// proves that there is none, then the claim, which rests for as long as its policy says.
+func (l *ledger) release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim) error {
+	if err := release(ctx, c, live, claim, l.restFor(claim.Spec.PolicyName)); err != nil {
+		return err
+	}
+	// The informer may never show what was made and let go while its watch was broken. If it has not shown the claim yet, nothing is held any more.
+	if lock, err := allocator.ParseName(claim.Name); err == nil {
+		l.abandon(lock)
+	}
+	return nil
+}
+
 func release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim, rest time.Duration) error {
 	if !isOurs(claim.Labels) {
 		return nil

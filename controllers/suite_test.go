@@ -105,17 +105,25 @@ func startManager(options Options, intercept func(client.Client) client.Client) 
 
 func runManager(options Options, intercept func(client.Client) client.Client) (stop func()) {
 	GinkgoHelper()
+	return runManagerWith(options, func(o *ctrl.Options) {
+		if intercept != nil {
+			o.NewClient = func(c *rest.Config, o client.Options) (client.Client, error) {
+				inner, err := client.New(c, o)
+				return intercept(inner), err
+			}
+		}
+	})
+}
+
+// runManagerWith is runManager for what change makes of the manager's options.
+func runManagerWith(options Options, change func(*ctrl.Options)) (stop func()) {
+	GinkgoHelper()
 	managerOptions := ctrl.Options{
 		Scheme: scheme, Metrics: metricsserver.Options{BindAddress: "0"},
 		Controller:              config.Controller{SkipNameValidation: new(true)}, // several in one process
 		GracefulShutdownTimeout: new(5 * time.Second),
 	}
-	if intercept != nil {
-		managerOptions.NewClient = func(c *rest.Config, o client.Options) (client.Client, error) {
-			inner, err := client.New(c, o)
-			return intercept(inner), err
-		}
-	}
+	change(&managerOptions)
 	mgr, err := ctrl.NewManager(rest.CopyConfig(restConfig), managerOptions)
 	Expect(err).NotTo(HaveOccurred())
 	Expect(SetupWithManager(mgr, options)).To(Succeed())
