@@ -216,17 +216,9 @@ func (l *ledger) onClaim(before, after *v1alpha1.AllocationClaim) {
 	for policy := range l.space.PoliciesOf(lock) {
 		l.touch(policy)
 	}
-	// A claim that somebody changed or deleted is its Service's business, and so is one that appears after its Service went. Our own changes come by here
-	// too, and cost a look.
-	holder := named.Spec.Holder
-	if before != nil {
-		holder = before.Spec.Holder
-	}
-	key := types.NamespacedName{Namespace: holder.Namespace, Name: holder.Name}
-	_, exists := l.services[key]
-	late := before == nil && after.Spec.State == v1alpha1.ClaimBound && !exists
-	if (before != nil || late) && key.Name != "" && l.serviceQueue != nil {
-		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+	// A claim that somebody changed or deleted is its Service's business. Our own changes come by here too, and cost a look.
+	if before != nil && l.serviceQueue != nil && before.Spec.Holder.Name != "" {
+		l.serviceQueue.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: before.Spec.Holder.Namespace, Name: before.Spec.Holder.Name}})
 	}
 }
 
