@@ -8,6 +8,8 @@
 //	10.244.N.0/24   pods of node N    10.96.0.0/16  the API server's own service range
 //	127.0.0.1:6443  the API server, on every node
 //
+// The API server and the controller, whose admission webhook it calls, run on the machine's own loopback address.
+//
 // Nothing of it touches the machine's addresses, routes, firewall or sysctls. A cluster that is closed leaves nothing; one whose process
 // was killed leaves a folder and some dangling names, which the next cluster to start removes.
 package cluster

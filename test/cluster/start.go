@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -37,6 +39,9 @@ import (
 
 // module is this project's, by which its root folder is known.
 const module = "github.com/serviceproxy/serviceproxy-operator"
+
+// systemNamespace is where the manifests put our own objects.
+const systemNamespace = "serviceproxy-system"
 
 type step struct {
 	what string
@@ -207,8 +212,11 @@ func (c *Cluster) prepareController() error {
 	if err := c.plane.WriteKubeconfig(kubeconfig, serviceAccount("serviceproxy-controller"), c.plane.Port()); err != nil {
 		return err
 	}
+	webhook := net.JoinHostPort("127.0.0.1", strconv.Itoa(c.plane.WebhookPort()))
 	args := append([]string{
-		"--kubeconfig=" + kubeconfig, "--leader-elect=false", "--metrics-bind-address=127.0.0.1:0", "--health-probe-bind-address=127.0.0.1:0",
+		"--kubeconfig=" + kubeconfig, "--namespace=" + systemNamespace, "--leader-elect=false",
+		"--metrics-bind-address=127.0.0.1:0", "--health-probe-bind-address=127.0.0.1:0",
+		"--webhook-bind-address=" + webhook, "--webhook-url=https://" + webhook,
 	}, c.options.ControllerArgs...)
 	c.Controller = process.New(c.spawner, process.Spec{
 		Name:    "controller",
@@ -230,42 +238,34 @@ func (c *Cluster) install(ctx context.Context) error {
 	if c.client, err = client.New(c.config, client.Options{Scheme: scheme}); err != nil {
 		return err
 	}
-	for _, pattern := range []string{"config/crd/bases/*.yaml", "config/manager/namespace.yaml", "config/rbac/*.yaml"} {
-		files, err := filepath.Glob(filepath.Join(c.root, pattern))
-		if err != nil || len(files) == 0 {
-			return errors.Join(fmt.Errorf("no file matches %s", pattern), err)
-		}
-		for _, file := range files {
-			if filepath.Base(file) == "kustomization.yaml" {
-				continue
-			}
-			if err := c.createAll(ctx, file); err != nil {
-				return fmt.Errorf("%s: %w", file, err)
-			}
-		}
+	manifests, err := c.Kubectl(ctx, "", "kustomize", filepath.Join(c.root, "config/default"))
+	if err != nil {
+		return err
+	}
+	if err := c.createAll(ctx, strings.NewReader(manifests)); err != nil {
+		return err
 	}
 	return poll(ctx, c.crdsEstablished)
 }
 
-// createAll creates every object of a YAML file.
-func (c *Cluster) createAll(ctx context.Context, file string) error {
-	f, err := os.Open(file)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	decoder := yaml.NewYAMLOrJSONDecoder(f, 4096)
+// processes are the kinds of what runs here as processes.
+var processes = []string{"Deployment", "DaemonSet"}
+
+// createAll creates every object of a stream of YAML documents that does not run as a process.
+func (c *Cluster) createAll(ctx context.Context, manifests io.Reader) error {
+	decoder := yaml.NewYAMLOrJSONDecoder(manifests, 4096)
 	for {
 		var o unstructured.Unstructured
-		err := decoder.Decode(&o)
-		if errors.Is(err, io.EOF) {
+		if err := decoder.Decode(&o); errors.Is(err, io.EOF) {
 			return nil
-		}
-		if err == nil && len(o.Object) > 0 {
-			err = c.client.Create(ctx, &o)
-		}
-		if err != nil {
+		} else if err != nil {
 			return err
+		}
+		if len(o.Object) == 0 || slices.Contains(processes, o.GetKind()) {
+			continue
+		}
+		if err := c.client.Create(ctx, &o); err != nil {
+			return fmt.Errorf("create %s %s: %w", o.GetKind(), o.GetName(), err)
 		}
 	}
 }
@@ -366,10 +366,9 @@ func (c *Cluster) startProxy(ctx context.Context) error {
 // serviceAccount is the user that a service account of ours is to the API server, so that the controller and the agents may do here what
 // config/rbac lets them do, and no more.
 func serviceAccount(name string) controlplane.User {
-	const namespace = "serviceproxy-system"
 	return controlplane.User{
-		Name:   "system:serviceaccount:" + namespace + ":" + name,
-		Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + namespace},
+		Name:   "system:serviceaccount:" + systemNamespace + ":" + name,
+		Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + systemNamespace},
 	}
 }
 

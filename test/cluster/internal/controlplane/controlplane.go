@@ -54,6 +54,8 @@ type ControlPlane struct {
 	ca     *authority
 	etcd   string // URL
 	port   int    // of the API server
+
+	webhookPort int
 }
 
 // The controllers that an embedded cluster needs. All of them would cost a second more to start and memory for nothing: nothing
@@ -74,11 +76,11 @@ func New(c Config) (*ControlPlane, error) {
 	if err := writePKI(filepath.Join(c.Dir, "pki"), ca); err != nil {
 		return nil, fmt.Errorf("write keys: %w", err)
 	}
-	ports, err := freePorts(3)
+	ports, err := freePorts(4)
 	if err != nil {
 		return nil, err
 	}
-	cp := &ControlPlane{config: c, ca: ca, etcd: loopback("http", ports[0]), port: ports[2]}
+	cp := &ControlPlane{config: c, ca: ca, etcd: loopback("http", ports[0]), port: ports[2], webhookPort: ports[3]}
 	if err := cp.WriteKubeconfig(cp.managerKubeconfig(), Admin, cp.port); err != nil {
 		return nil, err
 	}
@@ -105,6 +107,9 @@ func (cp *ControlPlane) Stop() error {
 
 // Port is the API server's port on the loopback address.
 func (cp *ControlPlane) Port() int { return cp.port }
+
+// WebhookPort is a port of the loopback address, kept for a webhook that the API server calls.
+func (cp *ControlPlane) WebhookPort() int { return cp.webhookPort }
 
 // WriteKubeconfig writes a kubeconfig with a certificate for this user and the API server at this port of the loopback address.
 func (cp *ControlPlane) WriteKubeconfig(path string, u User, port int) error {
