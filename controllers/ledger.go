@@ -88,11 +88,12 @@ type ledger struct {
 	nextReady time.Time // when a range's grace ends, zero if none is in it
 
 	serviceQueue, policyQueue queue
+	portsWanted               chan struct{} // gets a value when policies begin or cease to declare node ports
 }
 
 func newLedger(options Options) *ledger {
 	return &ledger{
-		options: options, synced: make(chan struct{}),
+		options: options, synced: make(chan struct{}), portsWanted: make(chan struct{}, 1),
 		space:       allocator.NewSpace(rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))),
 		policies:    map[string]*policyEntry{},
 		cidrs:       map[string]registration{},
@@ -280,6 +281,28 @@ func (l *ledger) server(now time.Time) (usable map[netip.Prefix]bool, out alloca
 		}
 	}
 	return usable, out
+}
+
+// setServerPorts says what the API server's range of node ports was found to be.
+func (l *ledger) setServerPorts(r allocator.PortRange) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.serverPorts != r {
+		l.serverPorts, l.stale = r, true
+		l.touchAll()
+	}
+}
+
+// wantsServerPorts says whether anything depends on the API server's range of node ports: whether a policy declares any.
+func (l *ledger) wantsServerPorts() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.policies {
+		if e.parsed != nil && e.parsed.NodePorts.Size() > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // defaultServiceCIDR is the ServiceCIDR that the API server makes from its flags.

@@ -2,8 +2,8 @@ package controllers
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -14,9 +14,6 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/controllers/admission"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
 )
-
-// errNotSynced says that the ledger does not know yet what is held.
-var errNotSynced = errors.New("not everything that is held has been read yet")
 
 // steeredFor is how long a lock that was chosen for a Service which no policy gives anything is kept from others. By then the request has come to an end and its
 // IPAddress, or the Service with its node port, has been seen; one of a slower request may be proposed again, and the API server refuses the second.
@@ -64,8 +61,8 @@ var _ admission.Ledger = admissionLedger{}
 
 // Covering implements admission.Ledger.
 func (a admissionLedger) Covering(ctx context.Context, svc *corev1.Service) (*allocator.Policy, error) {
-	if !a.ledger.isSynced() {
-		return nil, errNotSynced
+	if err := a.ledger.ready(nil); err != nil {
+		return nil, err
 	}
 	if !allocator.Coverable(svc) {
 		return nil, nil
@@ -130,8 +127,8 @@ func (l *ledger) families() (out []v1alpha1.IPFamily) {
 // Grant implements admission.Ledger. It puts nobody on a waiting list: a request that is refused leaves nothing that could wait, and the reconciler of a Service that
 // came to be without what it is owed does.
 func (a admissionLedger) Grant(r allocator.Request) (allocator.Grant, error) {
-	if !a.ledger.isSynced() {
-		return allocator.Grant{}, errNotSynced
+	if err := a.ledger.ready(nil); err != nil {
+		return allocator.Grant{}, err
 	}
 	l := a.ledger
 	l.mu.Lock()
@@ -178,11 +175,12 @@ func (a admissionLedger) Owner(lock allocator.Lock) (policy, declared string) {
 	return a.ledger.space.Owner(lock)
 }
 
-func (l *ledger) isSynced() bool {
-	select {
-	case <-l.synced:
-		return true
-	default:
-		return false
+// nowhere chooses a cluster IP, of the API server's default family, that lies in nobody's range. Not ok where the API server may choose for itself.
+func (a admissionLedger) nowhere() (netip.Addr, bool) {
+	families := a.Families()
+	if len(families) == 0 {
+		return netip.Addr{}, false
 	}
+	g, err := a.Grant(allocator.Request{Family: families[0], Use: v1alpha1.ClaimUseClusterIP})
+	return g.Lock.Addr, err == nil
 }

@@ -92,6 +92,10 @@ func (l *ledger) onPolicy(before, after *v1alpha1.ServiceProxyPolicy) {
 		}
 		l.policies[after.Name] = e
 	}
+	select {
+	case l.portsWanted <- struct{}{}:
+	default: // it is going to look anyway
+	}
 	l.stale = true
 	l.unsettled.epoch++
 	for key := range l.services {

@@ -15,6 +15,8 @@ type Options struct {
 	LeakAge time.Duration
 	// RetryWaiting is how often a Service that waits for an address is looked at again even if nothing was released. Default 1m.
 	RetryWaiting time.Duration
+	// Namespace is where the controller runs and may create Services. Empty: the API server's range of node ports is not found out.
+	Namespace string
 	// Workers is how many Services are reconciled at a time. Default 8.
 	Workers int
 }

@@ -11,6 +11,8 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/serviceproxy/serviceproxy-operator/controllers/nodeports"
 )
 
 // SetupWithManager registers the reconcilers of policies, Services and claims. The manager's scheme must know v1alpha1 and client-go's types.
@@ -34,6 +36,13 @@ func SetupWithManager(mgr ctrl.Manager, options Options) error {
 	claims := &claimReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, options: options}
 	if err := claims.setup(mgr); err != nil {
 		return fmt.Errorf("set up the reconciler of claims: %w", err)
+	}
+	if options.Namespace != "" {
+		finder := &nodeports.Finder{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Namespace: options.Namespace, Log: mgr.GetLogger().WithName("nodeports"),
+			Wanted: l.wantsServerPorts, Changed: l.portsWanted, Found: l.setServerPorts, Address: admissionLedger{l, mgr.GetClient(), mgr.GetAPIReader()}.nowhere}
+		if err := mgr.Add(finder); err != nil {
+			return fmt.Errorf("register the finder of the node port range: %w", err)
+		}
 	}
 	return nil
 }
