@@ -17,6 +17,8 @@ type Options struct {
 	RetryWaiting time.Duration
 	// Namespace is where the controller runs and may create Services. Empty: the API server's range of node ports is not found out.
 	Namespace string
+	// Admission serves the admission of Services at the manager's webhook server. The manager's client should have no rate limit then.
+	Admission bool
 	// Workers is how many Services are reconciled at a time. Default 8.
 	Workers int
 }

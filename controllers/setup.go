@@ -11,7 +11,9 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
+	"github.com/serviceproxy/serviceproxy-operator/controllers/admission"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/nodeports"
 )
 
@@ -36,6 +38,13 @@ func SetupWithManager(mgr ctrl.Manager, options Options) error {
 	claims := &claimReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, options: options}
 	if err := claims.setup(mgr); err != nil {
 		return fmt.Errorf("set up the reconciler of claims: %w", err)
+	}
+	if options.Admission {
+		handler, err := admission.New(admission.Options{Ledger: admissionLedger{l, mgr.GetClient(), mgr.GetAPIReader()}, Client: mgr.GetClient(), Live: mgr.GetAPIReader()})
+		if err != nil {
+			return fmt.Errorf("set up admission: %w", err)
+		}
+		mgr.GetWebhookServer().Register(admission.Path, &webhook.Admission{Handler: handler})
 	}
 	if options.Namespace != "" {
 		finder := &nodeports.Finder{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Namespace: options.Namespace, Log: mgr.GetLogger().WithName("nodeports"),
