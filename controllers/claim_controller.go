@@ -2,31 +2,69 @@ package controllers
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
 )
 
-// claimReconciler collects garbage: released claims that have rested, claims whose Service is gone, reservations without a claim. It never believes
-// the cache that something is gone, and leaves alone what is younger than any request that may still be under way.
+// claimReconciler collects garbage: released claims that have rested, claims of requests that came to nothing, claims whose Service is gone, reservations without
+// a claim. It never believes the cache that something is gone, and leaves alone what is younger than any request that may still be under way.
 type claimReconciler struct {
-	client  client.Client
-	live    client.Reader
-	ledger  *ledger
-	options Options
+	client    client.Client
+	live      client.Reader
+	ledger    *ledger
+	options   Options
+	reclaimed *prometheus.CounterVec // by kind, one of those below
+}
+
+// Kinds of what is reclaimed.
+const (
+	reclaimedReservation = "reservation" // a claim of a request that came to nothing
+	reclaimedLeak        = "leak"        // a claim whose Service is gone
+	reclaimedOrphan      = "orphan"      // an IPAddress of ours without a claim
+)
+
+// newReclaimed makes the counter, or finds it if another manager of the process made it.
+func newReclaimed(r prometheus.Registerer) (*prometheus.CounterVec, error) {
+	c := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "serviceproxy_reclaimed_total",
+		Help: "What was left behind and has been collected: reservation (a claim of a request that came to nothing), leak (a claim whose Service is gone), orphan (an IPAddress without a claim).",
+	}, []string{"kind"})
+	err := r.Register(c)
+	if already, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
+		if existing, ok := already.ExistingCollector.(*prometheus.CounterVec); ok {
+			return existing, nil
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("register metrics: %w", err)
+	}
+	for _, kind := range []string{reclaimedReservation, reclaimedLeak, reclaimedOrphan} {
+		c.WithLabelValues(kind) // a rate can be computed of the first one only if there was a zero before it
+	}
+	return c, nil
 }
 
 func (r *claimReconciler) setup(mgr ctrl.Manager) error {
+	var err error
+	if r.reclaimed, err = newReclaimed(metrics.Registry); err != nil {
+		return err
+	}
 	return ctrl.NewControllerManagedBy(mgr).Named("claim").
 		For(&v1alpha1.AllocationClaim{}).
 		Watches(&networkingv1.IPAddress{}, handler.EnqueueRequestsFromMapFunc(claimOfReservation)).
@@ -60,6 +98,8 @@ func (r *claimReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 		return ctrl.Result{}, nil
 	case claim.Spec.State == v1alpha1.ClaimReleased:
 		return r.expire(ctx, claim)
+	case claim.Spec.State == v1alpha1.ClaimReserved:
+		return r.settle(ctx, claim)
 	}
 	return r.leak(ctx, claim)
 }
@@ -72,13 +112,69 @@ func (r *claimReconciler) expire(ctx context.Context, claim *v1alpha1.Allocation
 	return ctrl.Result{}, client.IgnoreNotFound(r.client.Delete(ctx, claim, exactly(claim)))
 }
 
+// settle ends a reservation that its Service's reconciler has not bound: once its request must be over, it is deleted if no Service has what it locks. A Service that has
+// it, though the policy does not cover that Service any more, gets the claim, and its reconciler lets go of it like of any other that the Service must not have.
+func (r *claimReconciler) settle(ctx context.Context, claim *v1alpha1.AllocationClaim) (ctrl.Result, error) {
+	if left := r.options.LeakAge - time.Since(claim.CreationTimestamp.Time); left > 0 {
+		return ctrl.Result{RequeueAfter: left}, nil
+	}
+	svc, err := r.user(ctx, claim)
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	if svc != nil {
+		hold := allocator.HoldOf(claim)
+		hold.State, hold.Holder = v1alpha1.ClaimBound, holderOf(svc)
+		bound := claim.DeepCopy()
+		allocator.SetHold(bound, hold)
+		return ctrl.Result{}, client.IgnoreNotFound(r.client.Update(ctx, bound))
+	}
+	if err := r.client.Delete(ctx, claim, exactly(claim)); err != nil {
+		return ctrl.Result{}, client.IgnoreNotFound(err)
+	}
+	r.reclaimed.WithLabelValues(reclaimedReservation).Inc()
+	ctrl.LoggerFrom(ctx).Info("Reclaimed what was reserved for a request that came to nothing", "namespace", claim.Spec.Holder.Namespace, "service", claim.Spec.Holder.Name)
+	return ctrl.Result{}, nil
+}
+
+// user finds, by live reads, the Service to which the API server gave what the claim locks, nil if there is none: the one the claim names, the one that the IPAddress
+// names, or one that the informer shows with the node port.
+func (r *claimReconciler) user(ctx context.Context, claim *v1alpha1.AllocationClaim) (*corev1.Service, error) {
+	lock, err := allocator.ParseName(claim.Name)
+	if err != nil {
+		return nil, err
+	}
+	var names []types.NamespacedName
+	if h := claim.Spec.Holder; h.Name != "" { // else the request had generateName
+		names = append(names, types.NamespacedName{Namespace: h.Namespace, Name: h.Name})
+	}
+	if lock.IsPort() {
+		names = append(names, r.ledger.usersOf(lock)...)
+	} else {
+		var ip *networkingv1.IPAddress
+		found, err := get(ctx, r.live, types.NamespacedName{Name: lock.Addr.String()}, &ip)
+		if err != nil {
+			return nil, err
+		}
+		if found && ip.Spec.ParentRef != nil && ip.Spec.ParentRef.Resource == "services" {
+			names = append(names, types.NamespacedName{Namespace: ip.Spec.ParentRef.Namespace, Name: ip.Spec.ParentRef.Name})
+		}
+	}
+	for _, name := range names {
+		var svc *corev1.Service
+		if found, err := get(ctx, r.live, name, &svc); err != nil {
+			return nil, err
+		} else if found && slices.Contains(locksOf(svc), lock) {
+			return svc, nil
+		}
+	}
+	return nil, nil
+}
+
 // leak releases a claim whose Service does not exist. Normally the reconciler of Services does; this is for what a crash left.
 func (r *claimReconciler) leak(ctx context.Context, claim *v1alpha1.AllocationClaim) (ctrl.Result, error) {
 	holder := types.NamespacedName{Namespace: claim.Spec.Holder.Namespace, Name: claim.Spec.Holder.Name}
 	exists := func(from client.Reader) (bool, error) {
-		if holder.Name == "" {
-			return false, nil // reserved for a request with generateName that never came through
-		}
 		var svc *corev1.Service
 		found, err := get(ctx, from, holder, &svc)
 		if err != nil || !found {
@@ -95,7 +191,11 @@ func (r *claimReconciler) leak(ctx context.Context, claim *v1alpha1.AllocationCl
 	if ok, err := exists(r.live); err != nil || ok {
 		return ctrl.Result{}, err
 	}
-	return ctrl.Result{}, r.ledger.release(ctx, r.client, r.live, claim)
+	if err := r.ledger.release(ctx, r.client, r.live, claim); err != nil {
+		return ctrl.Result{}, err
+	}
+	r.reclaimed.WithLabelValues(reclaimedLeak).Inc()
+	return ctrl.Result{}, nil
 }
 
 // addrLock is the lock on an address that the name stands for; not ok if it stands for anything else.
@@ -125,5 +225,9 @@ func (r *claimReconciler) orphan(ctx context.Context, claimName string) (ctrl.Re
 	if found, err := get(ctx, r.live, types.NamespacedName{Name: claimName}, &claim); err != nil || found {
 		return ctrl.Result{}, err
 	}
-	return ctrl.Result{}, client.IgnoreNotFound(r.client.Delete(ctx, ip, exactly(ip)))
+	if err := r.client.Delete(ctx, ip, exactly(ip)); err != nil {
+		return ctrl.Result{}, client.IgnoreNotFound(err)
+	}
+	r.reclaimed.WithLabelValues(reclaimedOrphan).Inc()
+	return ctrl.Result{}, nil
 }

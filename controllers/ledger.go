@@ -81,6 +81,7 @@ type ledger struct {
 	tallies     map[string]*tally
 	waiting     map[string]*waitlist // Services that wait for an address, by policy
 	unsettled   unsettled
+	reserved    map[types.NamespacedName]map[netip.Addr]bool // what IPAddresses of ours keep for a Service
 
 	resolved  []*allocator.Policy
 	conflicts []allocator.Conflict
@@ -106,6 +107,7 @@ func newLedger(options Options) *ledger {
 		tallies:     map[string]*tally{},
 		waiting:     map[string]*waitlist{},
 		unsettled:   unsettled{by: map[types.NamespacedName]owing{}},
+		reserved:    map[types.NamespacedName]map[netip.Addr]bool{},
 	}
 }
 
@@ -468,6 +470,28 @@ func (l *ledger) heldBy(key types.NamespacedName) map[allocator.Lock]allocator.H
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return maps.Collect(l.space.HeldBy(key.Namespace, key.Name))
+}
+
+// reservedFor lists the addresses that IPAddresses of ours keep for a Service, in order.
+func (l *ledger) reservedFor(key types.NamespacedName) []netip.Addr {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return sortedAddrs(slices.Collect(maps.Keys(l.reserved[key])))
+}
+
+// usersOf lists the Services that have the lock, a node port, by what the informer shows.
+func (l *ledger) usersOf(lock allocator.Lock) (out []types.NamespacedName) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.space.Taken(lock) {
+		return nil
+	}
+	for key, locks := range l.services {
+		if slices.Contains(locks, lock) {
+			out = append(out, key)
+		}
+	}
+	return out
 }
 
 // claim is the claim on a lock as the informer last saw it, nil if there is none. It must not be changed.

@@ -221,8 +221,11 @@ func (l *ledger) onClaim(before, after *v1alpha1.AllocationClaim) {
 		l.touch(policy)
 	}
 	// A claim that somebody changed or deleted is its Service's business. Our own changes come by here too, and cost a look.
-	if before != nil && l.serviceQueue != nil && before.Spec.Holder.Name != "" {
-		l.serviceQueue.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: before.Spec.Holder.Namespace, Name: before.Spec.Holder.Name}})
+	if before != nil {
+		l.lookAt(before.Spec.Holder)
+		if after != nil && after.Spec.Holder != before.Spec.Holder {
+			l.lookAt(after.Spec.Holder)
+		}
 	}
 }
 
@@ -239,6 +242,8 @@ func (l *ledger) onIPAddress(before, after *networkingv1.IPAddress) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.steered.forget(lock)
+	l.noteReservation(before, false)
+	l.noteReservation(after, true)
 	if (after != nil) == l.space.Taken(lock) {
 		return
 	}
@@ -253,6 +258,36 @@ func (l *ledger) onIPAddress(before, after *networkingv1.IPAddress) {
 	if key, ours := ourReservation(named); ours && l.serviceQueue != nil {
 		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
 	}
+}
+
+// lookAt has a claim's holder reconciled. Callers hold mu.
+func (l *ledger) lookAt(h v1alpha1.ClaimHolder) {
+	if h.Name != "" && l.serviceQueue != nil {
+		l.serviceQueue.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: h.Namespace, Name: h.Name}})
+	}
+}
+
+// noteReservation records whether a reservation of ours exists. Callers hold mu.
+func (l *ledger) noteReservation(ip *networkingv1.IPAddress, exists bool) {
+	if ip == nil {
+		return
+	}
+	key, ours := ourReservation(ip)
+	addr, err := netip.ParseAddr(ip.Name)
+	if !ours || err != nil {
+		return
+	}
+	if !exists {
+		delete(l.reserved[key], addr)
+		if len(l.reserved[key]) == 0 {
+			delete(l.reserved, key)
+		}
+		return
+	}
+	if l.reserved[key] == nil {
+		l.reserved[key] = map[netip.Addr]bool{}
+	}
+	l.reserved[key][addr] = true
 }
 
 // onService follows node ports: Kubernetes has no object for them, a Service that has one is the API server's lock.

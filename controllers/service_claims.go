@@ -117,7 +117,10 @@ func (r *serviceReconciler) allocate(ctx context.Context, svc *corev1.Service, p
 			return nil, nil, err
 		}
 	}
-	held := r.ledger.heldBy(client.ObjectKeyFromObject(svc))
+	held, err := r.rebuild(ctx, svc, policy, assignment)
+	if err != nil {
+		return nil, nil, err
+	}
 	have := additionalOf(svc, policy.Name, held, assignment)
 	former := additionalOf(svc, "", held, assignment)
 	for family, addr := range have {
@@ -158,6 +161,74 @@ func (r *serviceReconciler) allocate(ctx context.Context, svc *corev1.Service, p
 	return sortedAddrs(additional), errors.Join(short...), nil
 }
 
+// lostOf finds the additional addresses, one per family, that a Service has though no claim says so: its assignment shows them to the agents, or a reservation of ours
+// keeps them for its name. held are the locks of that name, claimed says what a claim on any lock says. The value is the policy that gave the address.
+func lostOf(svc *corev1.Service, policy *allocator.Policy, held map[allocator.Lock]allocator.Hold, assignment *v1alpha1.ServiceAssignment, reserved []netip.Addr,
+	claimed func(allocator.Lock) (allocator.Hold, bool)) map[netip.Addr]string {
+	missing := map[v1alpha1.IPFamily]bool{}
+	for _, a := range clusterAddrs(svc) {
+		missing[familyOf(a)] = true
+	}
+	for _, kept := range []map[v1alpha1.IPFamily]netip.Addr{additionalOf(svc, policy.Name, held, assignment), additionalOf(svc, "", held, assignment)} {
+		for family := range kept {
+			delete(missing, family)
+		}
+	}
+	out := map[netip.Addr]string{}
+	if assignment != nil && assignment.Spec.ServiceUID == svc.UID && isOurs(assignment.Labels) {
+		for _, ip := range assignment.Spec.ServiceIPs {
+			addr, err := netip.ParseAddr(ip.IP)
+			if err != nil || ip.Source != v1alpha1.ServiceIPSourceAdditional || !missing[familyOf(addr)] {
+				continue
+			}
+			if hold, ok := claimed(allocator.AddrLock(addr)); !ok || hold.State == v1alpha1.ClaimReleased && hold.Holder == holderOf(svc) {
+				out[addr] = assignment.Spec.PolicyName
+				delete(missing, familyOf(addr))
+			}
+		}
+	}
+	for _, addr := range reserved {
+		r := policy.RangeOf(addr)
+		if _, ok := claimed(allocator.AddrLock(addr)); !ok && missing[familyOf(addr)] && r != nil && r.Use == v1alpha1.RangeUseClusterIP {
+			out[addr] = policy.Name
+			delete(missing, familyOf(addr))
+		}
+	}
+	return out
+}
+
+// rebuild takes the claims on a Service's additional addresses again that were lost: somebody deleted them, or restored the cluster without them. An address does not
+// move for that. It returns the locks of the Service's name.
+func (r *serviceReconciler) rebuild(ctx context.Context, svc *corev1.Service, policy *allocator.Policy, assignment *v1alpha1.ServiceAssignment) (map[allocator.Lock]allocator.Hold, error) {
+	key := client.ObjectKeyFromObject(svc)
+	held := r.ledger.heldBy(key)
+	lost := lostOf(svc, policy, held, assignment, r.ledger.reservedFor(key), r.ledger.held)
+	if len(lost) == 0 {
+		return held, nil
+	}
+	for addr, giver := range lost {
+		lock := allocator.AddrLock(addr)
+		hold := allocator.Hold{Policy: giver, Use: v1alpha1.ClaimUseAdditionalIP, State: v1alpha1.ClaimBound, Holder: holderOf(svc)}
+		resting := r.ledger.claim(lock) != nil
+		r.ledger.taking(lock, hold)
+		if err := r.take(ctx, allocator.Grant{Lock: lock, Reclaim: resting}, hold); err != nil {
+			// If the claim exists by now, the informer is about to show whose it is.
+			r.ledger.abandon(lock)
+			return nil, fmt.Errorf("rebuild claim %s: %w", lock, err)
+		}
+		r.ledger.took(lock, hold)
+		ctrl.LoggerFrom(ctx).Info("Rebuilt the lost claim on an additional address", "address", addr)
+	}
+	return r.ledger.heldBy(key), nil
+}
+
+// reservedFor says whether the claim was made at admission for a request from which the Service may have come. That the Service has the lock is then proof enough, and spares
+// live reads at the rate of admission: were the Service gone since, its deletion would release the claim, and the write fails if the claim changed.
+func reservedFor(claim *v1alpha1.AllocationClaim, svc *corev1.Service) bool {
+	h := claim.Spec.Holder
+	return isOurs(claim.Labels) && claim.Spec.State == v1alpha1.ClaimReserved && h.Namespace == svc.Namespace && (h.Name == "" || h.Name == svc.Name) && (h.UID == "" || h.UID == svc.UID)
+}
+
 // adopt makes the claim on what the API server gave the Service say so. The API server's own lock is the proof, so a claim of anybody else is out of date, unless it is
 // an additional address on its way: its taker finds the IPAddress in place and lets go.
 func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock allocator.Lock, use v1alpha1.ClaimUse, policy string) error {
@@ -165,6 +236,9 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 	have, held := r.ledger.held(lock)
 	if held && have == want {
 		return nil
+	}
+	if cached := r.ledger.claim(lock); cached != nil && reservedFor(cached, svc) {
+		return r.bind(ctx, lock, cached, want)
 	}
 	if !held {
 		r.ledger.taking(lock, want)
@@ -191,6 +265,9 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 	if have == want {
 		return nil // the informer lags
 	}
+	if reservedFor(claim, svc) {
+		return r.bind(ctx, lock, claim, want)
+	}
 	if have.State == v1alpha1.ClaimBound && have.Use == v1alpha1.ClaimUseAdditionalIP && have.Holder != want.Holder {
 		return fmt.Errorf("claim %s: %w %s/%s", lock, errHeldElsewhere, have.Holder.Namespace, have.Holder.Name)
 	}
@@ -200,11 +277,19 @@ func (r *serviceReconciler) adopt(ctx context.Context, svc *corev1.Service, lock
 	} else if !found || live.UID != svc.UID || !slices.Contains(locksOf(live), lock) {
 		return nil // this reconcile works on an old Service; an event is on its way
 	}
+	return r.bind(ctx, lock, claim, want)
+}
+
+// bind makes a claim, if it is still as it was read, say want.
+func (r *serviceReconciler) bind(ctx context.Context, lock allocator.Lock, claim *v1alpha1.AllocationClaim, want allocator.Hold) error {
 	updated := claim.DeepCopy()
 	allocator.SetHold(updated, want)
+	r.ledger.taking(lock, want)
 	if err := r.client.Update(ctx, updated); err != nil {
+		r.ledger.abandon(lock)
 		return fmt.Errorf("claim %s: %w", lock, err)
 	}
+	r.ledger.took(lock, want)
 	return nil
 }
 
