@@ -1,0 +1,136 @@
+// Package kubeapi runs a kube-apiserver for tests: with etcd, our CRDs, and of kube-controller-manager what makes ServiceCIDRs ready.
+package kubeapi
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"k8s.io/apimachinery/pkg/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+)
+
+// Server is a running API server. Config and Client are of an administrator, and without a limit on their rate.
+type Server struct {
+	Config *rest.Config
+	Client client.WithWatch
+
+	env     *envtest.Environment
+	manager *exec.Cmd
+	log     bytes.Buffer // of manager
+	dir     string
+}
+
+// Start starts everything. args are flags of kube-apiserver without their dashes. KUBEBUILDER_ASSETS names the folder of the programs.
+func Start(args map[string]string) (_ *Server, err error) {
+	assets := os.Getenv("KUBEBUILDER_ASSETS")
+	if assets == "" {
+		return nil, errors.New("KUBEBUILDER_ASSETS is not set: export KUBEBUILDER_ASSETS=$(hack/tools/kubernetes/build.sh)")
+	}
+	root, err := moduleRoot()
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{env: &envtest.Environment{
+		CRDDirectoryPaths:     []string{filepath.Join(root, "config", "crd", "bases")},
+		ErrorIfCRDPathMissing: true,
+		// kube-apiserver waits on SIGTERM for every watch to end by itself.
+		ControlPlaneStopTimeout: time.Minute,
+	}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Stop())
+		}
+	}()
+	for name, value := range maps.All(args) {
+		s.env.ControlPlane.GetAPIServer().Configure().Set(name, value)
+	}
+	if s.dir, err = os.MkdirTemp("", "kubeapi-"); err != nil {
+		return nil, err
+	}
+	if s.Config, err = s.env.Start(); err != nil {
+		return nil, fmt.Errorf("start API server: %w", err)
+	}
+	s.Config.QPS = -1
+	scheme := runtime.NewScheme()
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme)); err != nil {
+		return nil, err
+	}
+	if s.Client, err = client.NewWithWatch(s.Config, client.Options{Scheme: scheme}); err != nil {
+		return nil, err
+	}
+	kubeconfig := filepath.Join(s.dir, "kube-controller-manager")
+	if err := s.WriteKubeconfig(kubeconfig, ""); err != nil {
+		return nil, err
+	}
+	manager := exec.Command(filepath.Join(assets, "kube-controller-manager"), "--kubeconfig="+kubeconfig, "--leader-elect=false", "--secure-port=0",
+		"--controllers=service-cidr-controller")
+	manager.Stdout, manager.Stderr = &s.log, &s.log
+	if err := manager.Start(); err != nil {
+		return nil, err
+	}
+	s.manager = manager
+	return s, nil
+}
+
+// WriteKubeconfig writes an administrator's kubeconfig. address is HOST:PORT of a relay before the API server on the loopback address, empty for none.
+func (s *Server) WriteKubeconfig(path, address string) error {
+	user, err := s.env.AddUser(envtest.User{Name: filepath.Base(path), Groups: []string{"system:masters"}}, nil)
+	if err != nil {
+		return err
+	}
+	c := user.Config()
+	if address != "" {
+		c.Host = "https://" + address
+	}
+	config := clientcmdapi.NewConfig()
+	// The server's certificate is for localhost, by whatever address it is reached.
+	config.Clusters["test"] = &clientcmdapi.Cluster{Server: c.Host, CertificateAuthorityData: c.CAData, TLSServerName: "localhost"}
+	config.AuthInfos["test"] = &clientcmdapi.AuthInfo{ClientCertificateData: c.CertData, ClientKeyData: c.KeyData}
+	config.Contexts["test"] = &clientcmdapi.Context{Cluster: "test", AuthInfo: "test"}
+	config.CurrentContext = "test"
+	return clientcmd.WriteToFile(*config, path)
+}
+
+// Address is HOST:PORT of the API server.
+func (s *Server) Address() string {
+	return s.env.ControlPlane.GetAPIServer().SecureServing.HostPort()
+}
+
+// Stop ends everything.
+func (s *Server) Stop() error {
+	var killed error
+	if s.manager != nil {
+		killed = s.manager.Process.Kill()
+		_ = s.manager.Wait() // it was killed
+	}
+	return errors.Join(killed, s.env.Stop(), os.RemoveAll(s.dir))
+}
+
+// moduleRoot finds the folder of go.mod from here upwards.
+func moduleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("no go.mod here or above: run it inside the checkout")
+		}
+	}
+}
