@@ -101,6 +101,11 @@ var _ = Describe("bad input:", func() {
 		t.deploy("web", 1)
 		t.service("web", nil)
 		t.awaitProgrammed("web")
+		// With its first Service the policy is not Ready for a moment, and that may be told late.
+		Eventually(func() int32 {
+			Expect(k8s.Get(ctx, client.ObjectKeyFromObject(first), first)).To(Succeed())
+			return first.Status.Services.Programmed
+		}).Should(BeNumerically("==", 1))
 		second := t.policy("-b", func(s *v1alpha1.ServiceProxyPolicySpec) { s.NodePortRange = nil })
 		Eventually(policyCondition(second, v1alpha1.PolicyConflicted)).Should(And(
 			HavePrefix("True OverlapsOlderPolicy"), ContainSubstring(first.Name), ContainSubstring(t.v4.String())))
