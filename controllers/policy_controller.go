@@ -242,7 +242,7 @@ func (r *policyReconciler) finalize(ctx context.Context, policy *v1alpha1.Servic
 	}
 	if left+int(view.tally.covered) > 0 {
 		status := policyStatus(policy, view, drained)
-		setDeleting(&status, policy, claims, left-claims, int(view.tally.covered))
+		setDeleting(&status, policy, claims, left-claims, view)
 		return true, r.writeStatus(ctx, policy, status)
 	}
 	released := policy.DeepCopy()

@@ -168,11 +168,25 @@ func (v policyView) programmed() metav1.Condition {
 	return condition(v1alpha1.PolicyProgrammed, true, reasonProgrammed, "every covered Service is programmed on every selected node that is Ready")
 }
 
-// setDeleting says in Ready what a deletion waits for.
-func setDeleting(status *v1alpha1.ServiceProxyPolicyStatus, policy *v1alpha1.ServiceProxyPolicy, claims, foreign, covered int) {
+// kubernetesService is the API server's own Service.
+const kubernetesService = "default/kubernetes"
+
+// setDeleting says in Ready what a deletion waits for, and what lets it end.
+func setDeleting(status *v1alpha1.ServiceProxyPolicyStatus, policy *v1alpha1.ServiceProxyPolicy, claims, foreign int, v policyView) {
+	services, others := "", ""
+	if len(v.covers) > 0 {
+		services = " (" + strings.Join(v.covers, ", ") + ")"
+	}
+	if foreign > 0 {
+		others = " (kubectl get ipaddresses tells whose)"
+	}
+	end := "delete these Services, or narrow the policy's selectors so that they leave it"
+	if slices.Contains(v.covers, kubernetesService) {
+		end += ", which is the only way for " + kubernetesService + ": the API server makes it again"
+	}
 	c := condition(v1alpha1.PolicyReady, false, reasonDeletionWaits, fmt.Sprintf(
-		"deletion waits: %d claims on addresses and node ports are left, %d covered Services, %d cluster IPs of other Services in its ranges; delete these Services, or narrow the policy's selectors so that they leave it",
-		claims, covered, foreign))
+		"deletion waits: %d claims on addresses and node ports are left, %d covered Services%s, %d cluster IPs of other Services in its ranges%s; %s",
+		claims, v.tally.covered, services, foreign, others, end))
 	c.ObservedGeneration = policy.Generation
 	apimeta.SetStatusCondition(&status.Conditions, c)
 }

@@ -19,7 +19,7 @@ func TestProgrammedSaysHowManyAreMissing(t *testing.T) {
 // A policy without selectors covers default/kubernetes, which can be neither deleted nor relabelled for good: narrowing the selectors must be offered.
 func TestDeletionSaysWhatLetsItEnd(t *testing.T) {
 	var status v1alpha1.ServiceProxyPolicyStatus
-	setDeleting(&status, &v1alpha1.ServiceProxyPolicy{}, 0, 0, 1)
+	setDeleting(&status, &v1alpha1.ServiceProxyPolicy{}, 0, 0, policyView{tally: tally{covered: 1}})
 	c := apimeta.FindStatusCondition(status.Conditions, v1alpha1.PolicyReady)
 	if c == nil || c.Reason != reasonDeletionWaits || !strings.Contains(c.Message, "narrow the policy's selectors") {
 		t.Errorf("got %+v", c)

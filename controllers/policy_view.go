@@ -25,7 +25,8 @@ type policyView struct {
 	families    map[v1alpha1.IPFamily]allocator.Counts
 	ports       allocator.Counts
 	tally       tally
-	unsettled   bool // Services that the policy covers, or may cover, have not been looked at since the policies changed
+	covers      []string // of a policy that is being deleted, the first few Services, default/kubernetes before others
+	unsettled   bool     // Services that the policy covers, or may cover, have not been looked at since the policies changed
 	nodes       v1alpha1.PolicyNodesStatus
 	unsupported []string  // the first few nodes that cannot do the mode, and what they can do
 	nextReady   time.Time // when a range's grace ends
@@ -51,6 +52,9 @@ func (l *ledger) view(policy *v1alpha1.ServiceProxyPolicy, now time.Time) (polic
 	}
 	if t := l.tallies[policy.Name]; t != nil {
 		v.tally = *t
+	}
+	if v.terminating {
+		v.covers = l.coveredBy(policy.Name)
 	}
 	for name, c := range l.cidrs {
 		for _, p := range c.prefixes {
@@ -85,6 +89,28 @@ func (l *ledger) view(policy *v1alpha1.ServiceProxyPolicy, now time.Time) (polic
 		v.countNodes(l.nodes, policy.Spec.ProxyMode)
 	}
 	return v, true
+}
+
+// coveredBy names the first few Services that a policy covers, default/kubernetes before others. Callers hold mu.
+func (l *ledger) coveredBy(policy string) (out []string) {
+	for key, a := range l.assignments {
+		if a.policy == policy {
+			out = append(out, key.String())
+		}
+	}
+	slices.SortFunc(out, func(a, b string) int {
+		if (a == kubernetesService) != (b == kubernetesService) {
+			if a == kubernetesService {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a, b)
+	})
+	if len(out) > maxNamed {
+		out = append(out[:maxNamed:maxNamed], "...")
+	}
+	return out
 }
 
 func (v *policyView) countNodes(nodes map[string]nodeEntry, mode v1alpha1.ProxyMode) {

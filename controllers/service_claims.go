@@ -464,6 +464,9 @@ func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key
 			for lock := range adoptable(svc, policy) {
 				keep[lock] = true
 			}
+			for _, lock := range locksOf(svc) { // also of a range that the policy declared once: it drains
+				keep[lock] = keep[lock] || held[lock].Policy == policy.Name
+			}
 			for _, addr := range additionalOf(svc, policy.Name, held, assignment) {
 				keep[allocator.AddrLock(addr)] = true
 			}
