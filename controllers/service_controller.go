@@ -46,6 +46,7 @@ type serviceReconciler struct {
 	client   client.Client
 	live     client.Reader // past the cache
 	ledger   *ledger
+	warner   *warner
 	recorder events.EventRecorder
 	options  Options
 }
@@ -62,6 +63,7 @@ type serviceReconciler struct {
 // +kubebuilder:rbac:groups="",resources=services/finalizers,verbs=update
 
 func (r *serviceReconciler) setup(mgr ctrl.Manager) error {
+	r.warner = newWarner(r.recorder, r.ledger)
 	// What others write into an assignment's status is none of this reconciler's business, or every Programmed would cost a reconcile.
 	changed := predicate.Or[client.Object](predicate.GenerationChangedPredicate{}, predicate.Not[client.Object](predicate.ResourceVersionChangedPredicate{}))
 	return ctrl.NewControllerManagedBy(mgr).Named("service").
@@ -106,6 +108,7 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if err != nil {
 		return ctrl.Result{}, err
 	}
+	r.warner.warn(svc, policy)
 	if policy == nil {
 		r.ledger.covered(req.NamespacedName, "", epoch)
 		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, svc)
