@@ -47,15 +47,17 @@ type Verdict struct {
 	Service *Service
 	// Endpoints are those that may be chosen, by the Service's scheduler; of the destination's family.
 	Endpoints []Endpoint
-	// Masquerade gives the connection an address of the node as its source. See Masquerades.
-	Masquerade bool
+	// masquerade gives the connection an address of the node as its source. See Masquerades.
+	masquerade bool
 	source     netip.Addr
+	own        []netip.Addr
 }
 
-// Masquerades says whether a connection that goes to this endpoint gets an address of the node as its source: also if the endpoint calls itself through
-// the service, because its answer would never pass the node otherwise.
+// Masquerades says whether a connection that goes to this endpoint gets an address of the node as its source: where its answer would otherwise not come
+// back through this node. An endpoint that calls itself through the service is such a case, one that has an address of the node itself is none.
 func (v Verdict) Masquerades(e Endpoint) bool {
-	return v.Masquerade || e.Local && e.AddrPort.Addr() == v.source
+	to := e.AddrPort.Addr()
+	return (v.masquerade || e.Local && to == v.source) && !slices.Contains(v.own, to)
 }
 
 // Lookup says what becomes of a packet. It is the specification that every backend is held to, written to be read: its cost grows with the State.
@@ -114,19 +116,19 @@ func servedAt(prefixes []netip.Prefix, a netip.Addr) bool {
 
 // decide says what becomes of a packet that is for the service.
 func (s *Service) decide(n Node, p Packet, how frontend) Verdict {
-	v := Verdict{Service: s, source: p.Source}
+	v := Verdict{Service: s, source: p.Source, own: n.Addrs}
 	own := slices.Contains(n.Addrs, p.Source)
 	pod := n.isPod(p.Source)
 	target := &s.Internal
 	switch {
 	case how == serviceIP:
-		v.Masquerade = !pod && n.knowsPods(p.Source)
+		v.masquerade = !pod && n.knowsPods(p.Source)
 	case own || pod:
 		target = &s.ExternalFromHere
-		v.Masquerade = own || !s.PreserveSource
+		v.masquerade = own || !s.PreserveSource
 	default:
 		target = &s.External
-		v.Masquerade = !s.PreserveSource
+		v.masquerade = !s.PreserveSource
 	}
 	if how == externalIP && len(s.SourceRanges) > 0 && slices.Contains(s.LoadBalancerIPs, p.Destination.Addr()) &&
 		!slices.ContainsFunc(s.SourceRanges, func(r netip.Prefix) bool { return r.Contains(p.Source) }) {

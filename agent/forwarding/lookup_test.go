@@ -63,6 +63,7 @@ func TestLookup(t *testing.T) {
 		{"node port at another node's address", nil, outside, "10.0.0.2:30080", "passed"},
 		{"no endpoint", func(s *Service) { s.Internal = Target{} }, podHere, "10.99.0.1:80", "rejected"},
 		{"no endpoint of the family", func(s *Service) { s.ServiceIPs = append(s.ServiceIPs, addr("fd00:99::1")) }, addr("fd00:244::2"), "[fd00:99::1]:80", "rejected"},
+		{"an endpoint at the node's own address", func(s *Service) { s.External = Target{Forward, []Endpoint{{netip.AddrPortFrom(nodeIP, 8080), true}}} }, outside, "10.0.0.1:30080", "forwarded here"},
 		{"source ranges keep out", guarded, outside, "198.51.100.7:80", "dropped"},
 		{"source ranges let in", guarded, addr("203.0.113.9"), "198.51.100.7:80", "forwarded here+m there+m"},
 		{"source ranges guard no node port", guarded, outside, "10.0.0.1:30080", "forwarded here+m there+m"},

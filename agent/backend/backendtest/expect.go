@@ -1,0 +1,171 @@
+package backendtest
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+)
+
+// Destinations of web's addresses.
+const (
+	toServiceIP      = "service IP"
+	toUnusedPort     = "unused port of the service IP"
+	toExternalIP     = "external IP"
+	toLoadBalancerIP = "load-balancer IP"
+	toNodePort       = "node port"
+	toSecondNodePort = "node port of another address"
+	toLocalhostPort  = "node port of localhost"
+)
+
+// destination gives the address and port behind a name.
+func destination(name string, family int) netip.AddrPort {
+	ip := func(v4, v6 string, port uint16) netip.AddrPort {
+		return netip.AddrPortFrom(addrs(v4, v6)[family], port)
+	}
+	switch name {
+	case toServiceIP:
+		return ip("10.99.0.1", "fd00:99::1", 80)
+	case toUnusedPort:
+		return ip("10.99.0.1", "fd00:99::1", 81)
+	case toExternalIP:
+		return ip("198.51.100.7", "2001:db8:7::7", 80)
+	case toLoadBalancerIP:
+		return ip("198.51.100.8", "2001:db8:7::8", 80)
+	case toNodePort:
+		return netip.AddrPortFrom(places["node"].addrs[family], 30080)
+	case toSecondNodePort:
+		return netip.AddrPortFrom(secondAddrs[family], 30080)
+	case toLocalhostPort:
+		return ip("127.0.0.1", "::1", 30080)
+	}
+	panic("no such destination: " + name)
+}
+
+// Expectations besides lists of endpoints.
+const (
+	refused = "refused" // at once
+	silent  = "silent"  // no answer
+)
+
+// Expect checks what becomes of connections from places (separated by blanks) to a destination, in both families and with every protocol.
+//
+// want is refused, silent, or the names of the places that serve, each of which must: "a b r". A place that sees the client's own address is written
+// "a=", one that sees an address of the node "a*"; without a mark State.Lookup alone decides.
+func (l *Lab) Expect(from, to, want string) {
+	l.Helper()
+	for _, name := range strings.Fields(from) {
+		for family := range 2 {
+			for protocol := range networks {
+				if err := l.expect(name, to, family, protocol, want); err != nil {
+					l.Errorf("%s from %s to the %s %s: %v", protocol, name, to, destination(to, family), err)
+				}
+			}
+		}
+	}
+}
+
+func (l *Lab) expect(from, to string, family int, protocol forwarding.Protocol, want string) error {
+	source := places[from].addrs[family]
+	if to == toLocalhostPort {
+		source = addrs("127.0.0.1", "::1")[family]
+	}
+	p := forwarding.Packet{Protocol: protocol, Source: source, Destination: destination(to, family)}
+	verdict := l.world.State().Lookup(lookupNode(), p)
+	if err := judge(verdict, family, want); err != nil {
+		return fmt.Errorf("by State.Lookup: %w", err)
+	}
+	probe := func() (answer, error) {
+		wait := patience
+		if want == silent {
+			wait = silence
+		}
+		return ask(l.spaces[from], networks[protocol], source, p.Destination, wait)
+	}
+	switch want {
+	case refused, silent:
+		_, err := probe()
+		// A datagram that an output hook rejects or drops never leaves the socket, whose owner is told so.
+		unsent := from == "node" && errors.Is(err, syscall.EPERM)
+		if want == refused && !errors.Is(err, syscall.ECONNREFUSED) && !unsent || want == silent && !isTimeout(err) && !unsent {
+			return fmt.Errorf("got %w, want %s", err, want)
+		}
+		return nil
+	}
+	return l.served(verdict, source, probe)
+}
+
+// tries is how many connections are made until every endpoint has served one: with four endpoints one is missed in fewer than one of 10^7 runs.
+const tries = 60
+
+// served makes connections until every endpoint of the verdict has served one, and checks that no other does and what each sees.
+func (l *Lab) served(v forwarding.Verdict, source netip.Addr, probe func() (answer, error)) error {
+	missing := slices.Clone(v.Endpoints)
+	for range tries {
+		got, err := probe()
+		if err != nil {
+			return err
+		}
+		at := netip.AddrPortFrom(places[got.server].addrs[familyOf(source)], serverPort)
+		i := slices.IndexFunc(v.Endpoints, func(e forwarding.Endpoint) bool { return e.AddrPort == at })
+		if i < 0 {
+			return fmt.Errorf("%s answered, want one of %s", got.server, names(v, familyOf(source)))
+		}
+		// The node's own connections may be given another of its addresses, whoever masquerades.
+		own := slices.Contains(lookupNode().Addrs, source)
+		if masqueraded := got.seen.Addr() != source; !own && masqueraded != v.Masquerades(v.Endpoints[i]) {
+			return fmt.Errorf("%s saw %s, masqueraded should be %v", got.server, got.seen, !masqueraded)
+		}
+		missing = slices.DeleteFunc(missing, func(e forwarding.Endpoint) bool { return e.AddrPort == at })
+		if len(missing) == 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("%v served none of %d connections", missing, tries)
+}
+
+// judge compares a verdict with what a scenario says.
+func judge(v forwarding.Verdict, family int, want string) error {
+	switch {
+	case want == refused && v.Fate == forwarding.Rejected, want == silent && v.Fate == forwarding.Dropped:
+		return nil
+	case v.Fate != forwarding.Forwarded:
+		return fmt.Errorf("says %s, want %s", v.Fate, want)
+	}
+	wants := strings.Fields(want)
+	slices.Sort(wants)
+	got := strings.Fields(names(v, family))
+	if !slices.EqualFunc(wants, got, func(w, g string) bool { return w == g || w == strings.TrimRight(g, "=*") }) {
+		return fmt.Errorf("says %v, want %v", got, wants)
+	}
+	return nil
+}
+
+// names are the places of a verdict's endpoints, sorted, with marks.
+func names(v forwarding.Verdict, family int) string {
+	var out []string
+	for name, p := range places {
+		for _, e := range v.Endpoints {
+			if e.AddrPort.Addr() == p.addrs[family] {
+				mark := "="
+				if v.Masquerades(e) {
+					mark = "*"
+				}
+				out = append(out, name+mark)
+			}
+		}
+	}
+	slices.Sort(out)
+	return strings.Join(out, " ")
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}

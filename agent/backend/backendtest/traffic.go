@@ -1,0 +1,130 @@
+package backendtest
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/test/netns"
+)
+
+const (
+	// patience is how long an answer may take on a busy machine, silence how long is waited for one that must not come.
+	patience = 2 * time.Second
+	silence  = 150 * time.Millisecond
+)
+
+var networks = map[forwarding.Protocol]string{forwarding.TCP: "tcp", forwarding.UDP: "udp"}
+
+// serve answers TCP and UDP at a place, on each of its addresses by itself: a wildcard UDP server with several addresses would answer from the
+// wrong one. Every answer is "PLACE remote-address"; TCP connections then echo.
+func (l *Lab) serve(name string) {
+	l.Helper()
+	for _, a := range places[name].addrs {
+		to := netip.AddrPortFrom(a, serverPort)
+		err := l.spaces[name].Do(func() error {
+			tcp, err := net.Listen("tcp", to.String())
+			if err != nil {
+				return err
+			}
+			l.Cleanup(func() { tcp.Close() })
+			udp, err := net.ListenPacket("udp", to.String())
+			if err != nil {
+				return err
+			}
+			l.Cleanup(func() { udp.Close() })
+			go acceptAll(tcp, name)
+			go answerAll(udp, name)
+			return nil
+		})
+		if err != nil {
+			l.Fatal(err)
+		}
+	}
+}
+
+func acceptAll(listener net.Listener, name string) {
+	for {
+		c, err := listener.Accept()
+		if err != nil {
+			return // closed
+		}
+		go func() {
+			defer c.Close()
+			fmt.Fprintf(c, "%s %s\n", name, c.RemoteAddr())
+			_, _ = io.Copy(c, c) // until the client hangs up
+		}()
+	}
+}
+
+func answerAll(conn net.PacketConn, name string) {
+	buf := make([]byte, 2048)
+	for {
+		_, from, err := conn.ReadFrom(buf)
+		if err != nil {
+			return // closed
+		}
+		_, _ = conn.WriteTo(fmt.Appendf(nil, "%s %s\n", name, from), from) // the client asks again if it is lost
+	}
+}
+
+// answer is who served a connection, and which source address it saw.
+type answer struct {
+	server string
+	seen   netip.AddrPort
+}
+
+var udpPort atomic.Uint32
+
+// dial connects from an address in a namespace.
+func dial(ns *netns.NS, network string, from netip.Addr, to netip.AddrPort, wait time.Duration) (net.Conn, error) {
+	d := net.Dialer{Timeout: wait, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))}
+	if network == "udp" {
+		// Always another port: one that is used again would go on with the flow that conntrack still has of it.
+		d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, uint16(10000+udpPort.Add(1)%50000)))
+	}
+	var c net.Conn
+	// Happy eyeballs would dial in another goroutine, so in another namespace; one literal address is dialled in this one.
+	err := ns.Do(func() (err error) { c, err = d.Dial(network, to.String()); return err })
+	return c, err
+}
+
+// ask connects and reads who answers.
+func ask(ns *netns.NS, network string, from netip.Addr, to netip.AddrPort, wait time.Duration) (answer, error) {
+	c, err := dial(ns, network, from, to, wait)
+	if err != nil {
+		return answer{}, err
+	}
+	defer c.Close()
+	return read(c, network, wait)
+}
+
+func read(c net.Conn, network string, wait time.Duration) (answer, error) {
+	if err := c.SetDeadline(time.Now().Add(wait)); err != nil {
+		return answer{}, err
+	}
+	if network == "udp" {
+		if _, err := c.Write([]byte("who\n")); err != nil {
+			return answer{}, err
+		}
+	}
+	line, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return answer{}, err
+	}
+	server, remote, _ := strings.Cut(strings.TrimSpace(line), " ")
+	seen, err := netip.ParseAddrPort(remote)
+	return answer{server, seen}, err
+}
+
+func isTimeout(err error) bool {
+	var n net.Error
+	return errors.As(err, &n) && n.Timeout()
+}
