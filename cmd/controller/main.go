@@ -67,11 +67,14 @@ func run(ctx context.Context, args []string) error {
 	if err := checkCRDs(mgr.GetRESTMapper()); err != nil {
 		return err
 	}
-	if err := controllers.SetupWithManager(mgr, controllers.Options{}); err != nil {
+	if err := controllers.SetupWithManager(mgr, controllers.Options{Namespace: f.namespace, Admission: f.servesWebhook()}); err != nil {
 		return err
 	}
 	if err := programmed.SetupWithManager(mgr, programmed.Options{}); err != nil {
 		return fmt.Errorf("set up the reconciler of Programmed: %w", err)
+	}
+	if err := webhook.SetupWithManager(mgr, f.webhookOptions(&certificate)); err != nil {
+		return err
 	}
 	return mgr.Start(ctx)
 }
@@ -86,7 +89,7 @@ func newManager(config *rest.Config, f flags, certificate *webhook.Certificate) 
 	}
 	options := ctrl.Options{
 		Scheme:                        scheme,
-		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields(), NewInformer: controllers.NewInformer},
+		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields(), NewInformer: controllers.NewInformer, ByObject: webhook.Cache(f.namespace)},
 		Metrics:                       metricsserver.Options{BindAddress: f.metricsAddress},
 		HealthProbeBindAddress:        f.probeAddress,
 		LeaderElection:                f.leaderElect,
@@ -104,6 +107,14 @@ func newManager(config *rest.Config, f flags, certificate *webhook.Certificate) 
 		return nil, fmt.Errorf("reach the cluster at %s: %w", config.Host, err)
 	}
 	return mgr, errors.Join(mgr.AddHealthzCheck("ping", healthz.Ping), mgr.AddReadyzCheck("ping", healthz.Ping))
+}
+
+// webhookOptions say that this process serves the webhook with the certificate, unless a flag says that it serves none.
+func (f flags) webhookOptions(certificate *webhook.Certificate) webhook.Options {
+	if !f.servesWebhook() {
+		certificate = nil
+	}
+	return webhook.Options{Namespace: f.namespace, URL: f.webhookURL, Certificate: certificate}
 }
 
 // checkCRDs fails with what to do about it if a CRD is missing; informers would only log and wait.

@@ -3,6 +3,8 @@ package webhook
 import (
 	"net/url"
 	"strings"
+
+	"github.com/serviceproxy/serviceproxy-operator/controllers/admission"
 )
 
 const (
@@ -34,6 +36,4 @@ func (t target) names() []string {
 }
 
 // at is the URL of the webhook itself.
-func (t target) at() string { return strings.TrimSuffix(t.url, "/") + path }
-
-const path = "/mutate-services"
+func (t target) at() string { return strings.TrimSuffix(t.url, "/") + admission.Path }

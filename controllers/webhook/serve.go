@@ -3,7 +3,9 @@ package webhook
 import (
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"sync/atomic"
+	"time"
 )
 
 // Certificate is what this process serves its webhook with, once it has one. The zero value has none; all methods may be called concurrently.
@@ -14,6 +16,8 @@ type Certificate struct {
 // Configure makes a server use the certificate, whichever it is when a connection begins.
 func (c *Certificate) Configure(config *tls.Config) {
 	config.MinVersion = tls.VersionTLS13
+	// API servers ask webhooks in HTTP/1.1, so that requests spread over the replicas (kubernetes#75791), except at a loopback address, as tests use.
+	config.NextProtos = []string{"http/1.1"}
 	config.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		if current := c.current.Load(); current != nil {
 			return current, nil
@@ -23,3 +27,18 @@ func (c *Certificate) Configure(config *tls.Config) {
 }
 
 var errNoCertificate = errors.New("the webhook's certificate has not been read from its Secret yet")
+
+// use serves the state's certificate from the next connection on.
+func (c *Certificate) use(s state) { c.current.Store(s.tlsCertificate()) }
+
+// ready fails while there is nothing to serve.
+func (c *Certificate) ready(now time.Time) error {
+	current := c.current.Load()
+	if current == nil {
+		return errNoCertificate
+	}
+	if !valid(current.Leaf, now) {
+		return fmt.Errorf("the webhook's certificate is valid from %s to %s only", current.Leaf.NotBefore.Format(time.RFC3339), current.Leaf.NotAfter.Format(time.RFC3339))
+	}
+	return nil
+}
