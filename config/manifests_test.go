@@ -5,20 +5,28 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/wait"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
+	"sigs.k8s.io/yaml"
+
+	"github.com/serviceproxy/serviceproxy-operator/controllers/webhook"
 )
 
 func TestDefaultInstall(t *testing.T) {
@@ -52,40 +60,53 @@ func TestDefaultInstall(t *testing.T) {
 		}
 	}
 
-	const ours = "networking.serviceproxy.io"
+	const ours, registration = "networking.serviceproxy.io", "admissionregistration.k8s.io"
 	for _, test := range []struct {
 		account, verb, group, resource, subresource, namespace string
 		allowed                                                bool
+		name                                                   string // of the object, empty for any
 	}{
-		{"agent", "watch", ours, "serviceassignments", "", "", true},
-		{"agent", "watch", "discovery.k8s.io", "endpointslices", "", "", true},
-		{"agent", "watch", "", "nodes", "", "", true},
-		{"agent", "watch", ours, "nodeproxystates", "", "", true},
-		{"agent", "patch", ours, "nodeproxystates", "status", "", true},
-		{"agent", "patch", ours, "nodeproxystates", "", "", false},
-		{"agent", "create", ours, "nodeproxystates", "", "", false},
-		{"agent", "patch", ours, "serviceassignments", "status", "", false},
-		{"agent", "update", ours, "serviceassignments", "", "", false},
-		{"agent", "update", "", "services", "", "", false},
-		{"agent", "patch", "", "nodes", "", "", false},
-		{"agent", "list", "", "secrets", "", "", false},
-		{"controller", "watch", "", "services", "", "", true},
-		{"controller", "create", ours, "allocationclaims", "", "", true},
-		{"controller", "create", ours, "serviceassignments", "", "default", true},
-		{"controller", "create", "networking.k8s.io", "servicecidrs", "", "", true},
-		{"controller", "create", "coordination.k8s.io", "leases", "", "serviceproxy-system", true},
-		{"controller", "create", "coordination.k8s.io", "leases", "", "default", false},
-		{"controller", "patch", ours, "nodeproxystates", "status", "", false},
-		{"controller", "delete", "", "services", "", "", false},
-		{"controller", "delete", ours, "serviceproxypolicies", "", "", false},
-		{"controller", "list", "", "secrets", "", "", false},
+		{"agent", "watch", ours, "serviceassignments", "", "", true, ""},
+		{"agent", "watch", "discovery.k8s.io", "endpointslices", "", "", true, ""},
+		{"agent", "watch", "", "nodes", "", "", true, ""},
+		{"agent", "watch", ours, "nodeproxystates", "", "", true, ""},
+		{"agent", "patch", ours, "nodeproxystates", "status", "", true, ""},
+		{"agent", "patch", ours, "nodeproxystates", "", "", false, ""},
+		{"agent", "create", ours, "nodeproxystates", "", "", false, ""},
+		{"agent", "patch", ours, "serviceassignments", "status", "", false, ""},
+		{"agent", "update", ours, "serviceassignments", "", "", false, ""},
+		{"agent", "update", "", "services", "", "", false, ""},
+		{"agent", "patch", "", "nodes", "", "", false, ""},
+		{"agent", "list", "", "secrets", "", "", false, ""},
+		{"controller", "watch", "", "services", "", "", true, ""},
+		{"controller", "create", ours, "allocationclaims", "", "", true, ""},
+		{"controller", "create", ours, "serviceassignments", "", "default", true, ""},
+		{"controller", "create", "networking.k8s.io", "servicecidrs", "", "", true, ""},
+		{"controller", "create", "coordination.k8s.io", "leases", "", "serviceproxy-system", true, ""},
+		{"controller", "create", "coordination.k8s.io", "leases", "", "default", false, ""},
+		{"controller", "patch", ours, "nodeproxystates", "status", "", false, ""},
+		{"controller", "delete", "", "services", "", "", false, ""},
+		{"controller", "delete", ours, "serviceproxypolicies", "", "", false, ""},
+		{"controller", "list", "", "secrets", "", "", false, ""},
+		{"controller", "create", "", "secrets", "", "serviceproxy-system", true, ""},
+		{"controller", "create", "", "secrets", "", "default", false, ""},
+		{"controller", "list", "", "secrets", "", "serviceproxy-system", false, ""},
+		{"controller", "get", "", "secrets", "", "serviceproxy-system", false, "another"},
+		{"controller", "watch", "", "secrets", "", "serviceproxy-system", true, "serviceproxy-webhook-cert"},
+		{"controller", "update", "", "secrets", "", "serviceproxy-system", true, "serviceproxy-webhook-cert"},
+		{"controller", "create", registration, "mutatingwebhookconfigurations", "", "", true, ""},
+		{"controller", "list", registration, "mutatingwebhookconfigurations", "", "", false, ""},
+		{"controller", "watch", registration, "mutatingwebhookconfigurations", "", "", true, "serviceproxy-webhook"},
+		{"controller", "delete", registration, "mutatingwebhookconfigurations", "", "", true, "serviceproxy-webhook"},
+		{"controller", "update", registration, "mutatingwebhookconfigurations", "", "", false, "another"},
+		{"controller", "update", registration, "validatingwebhookconfigurations", "", "", false, ""},
 	} {
 		review := func(ctx context.Context) (bool, error) {
 			r := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
 				User:   "system:serviceaccount:serviceproxy-system:serviceproxy-" + test.account,
 				Groups: []string{"system:serviceaccounts", "system:authenticated"},
 				ResourceAttributes: &authorizationv1.ResourceAttributes{
-					Verb: test.verb, Group: test.group, Resource: test.resource, Subresource: test.subresource, Namespace: test.namespace,
+					Verb: test.verb, Group: test.group, Resource: test.resource, Subresource: test.subresource, Namespace: test.namespace, Name: test.name,
 				},
 			}}
 			err := c.Create(ctx, r)
@@ -93,7 +114,7 @@ func TestDefaultInstall(t *testing.T) {
 		}
 		// The authorizer reads the roles from a cache.
 		if err := wait.PollUntilContextTimeout(t.Context(), 10*time.Millisecond, 10*time.Second, true, review); err != nil {
-			t.Errorf("may the %s %s %s/%s %s in %q? want %v: %v", test.account, test.verb, test.group, test.resource, test.subresource, test.namespace, test.allowed, err)
+			t.Errorf("may the %s %s %s/%s %s %q in %q? want %v: %v", test.account, test.verb, test.group, test.resource, test.subresource, test.name, test.namespace, test.allowed, err)
 		}
 	}
 }
@@ -166,4 +187,35 @@ func TestPodSecurity(t *testing.T) {
 			t.Errorf("%s is privileged", file)
 		}
 	}
+}
+
+// TestWebhookService: API servers find the webhook where the controller says that it is.
+func TestWebhookService(t *testing.T) {
+	var service corev1.Service
+	var deployment appsv1.Deployment
+	for file, into := range map[string]any{"webhook/service.yaml": &service, "manager/deployment.yaml": &deployment} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := yaml.UnmarshalStrict(text, into); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+	}
+	if service.Name != webhook.ServiceName || service.Namespace != deployment.Namespace {
+		t.Errorf("the Service is %s/%s, want %s in %s", service.Namespace, service.Name, webhook.ServiceName, deployment.Namespace)
+	}
+	if !labels.SelectorFromSet(service.Spec.Selector).Matches(labels.Set(deployment.Spec.Template.Labels)) {
+		t.Errorf("the Service selects %v, the pods have %v", service.Spec.Selector, deployment.Spec.Template.Labels)
+	}
+	if port := service.Spec.Ports[0]; port.Port != 443 || port.TargetPort.StrVal != "webhook" {
+		t.Errorf("the Service has port %d to %s, want 443 to webhook", port.Port, port.TargetPort.String())
+	}
+	container := deployment.Spec.Template.Spec.Containers[0]
+	for _, port := range container.Ports {
+		if port.Name == "webhook" && slices.Contains(container.Args, fmt.Sprintf("--webhook-bind-address=:%d", port.ContainerPort)) {
+			return
+		}
+	}
+	t.Errorf("no port of the container is named webhook and is where it listens: %v, %v", container.Ports, container.Args)
 }
