@@ -26,6 +26,7 @@ import (
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/enforcement"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/programmed"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/webhook"
 )
@@ -72,6 +73,9 @@ func run(ctx context.Context, args []string) error {
 	}
 	if err := programmed.SetupWithManager(mgr, programmed.Options{}); err != nil {
 		return fmt.Errorf("set up the reconciler of Programmed: %w", err)
+	}
+	if err := enforcement.SetupWithManager(mgr, enforcement.Options{Namespace: f.namespace}); err != nil {
+		return err
 	}
 	if err := webhook.SetupWithManager(mgr, f.webhookOptions(&certificate)); err != nil {
 		return err
