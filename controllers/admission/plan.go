@@ -18,7 +18,7 @@ type want struct {
 	family v1alpha1.IPFamily // of an address, empty for a node port
 	// index is where an address belongs in spec.clusterIPs.
 	index int
-	// ports are the spec.ports that get a node port, none for that of the health check.
+	// ports are the spec.ports that get a node port, or the one that names it; none for that of the health check.
 	ports []int
 	// named is what the request asks for, the zero Lock if anything will do.
 	named allocator.Lock
@@ -308,9 +308,10 @@ func portsOnCreate(svc *corev1.Service) []want {
 		switch {
 		case !known:
 			byNumber[p.Port] = len(out)
-			out = append(out, want{use: v1alpha1.ClaimUseNodePort, ports: []int{i}, named: requestedFor(p.Port, svc.Spec.Ports)})
-		case p.NodePort == 0:
+			out = append(out, firstOf(i, svc.Spec.Ports))
+		case p.NodePort == 0 && !out[first].isNamed():
 			out[first].ports = append(out[first].ports, i)
+		case p.NodePort == 0: // the API server fills in what another port of the number names
 		case portLock(p.NodePort) != out[first].named:
 			out = append(out, want{use: v1alpha1.ClaimUseNodePort, ports: []int{i}, named: portLock(p.NodePort)})
 		}
@@ -318,14 +319,14 @@ func portsOnCreate(svc *corev1.Service) []want {
 	return distinct(out)
 }
 
-// requestedFor is the first node port that the request names for a port number (findRequestedNodePort).
-func requestedFor(number int32, ports []corev1.ServicePort) allocator.Lock {
-	for _, p := range ports {
-		if p.Port == number && p.NodePort != 0 {
-			return portLock(p.NodePort)
+// firstOf is what is wanted for the first port of a number: any node port, or the first that the request names for the number (findRequestedNodePort).
+func firstOf(i int, ports []corev1.ServicePort) want {
+	for j, p := range ports {
+		if p.Port == ports[i].Port && p.NodePort != 0 {
+			return want{use: v1alpha1.ClaimUseNodePort, ports: []int{j}, named: portLock(p.NodePort)}
 		}
 	}
-	return allocator.Lock{}
+	return want{use: v1alpha1.ClaimUseNodePort, ports: []int{i}}
 }
 
 // portsOnUpdate are the node ports that the API server would take for an update: one for each port that has none, and those named that the Service
