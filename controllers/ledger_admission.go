@@ -139,6 +139,7 @@ func (a admissionLedger) Grant(r allocator.Request) (allocator.Grant, error) {
 		return l.propose(r, now)
 	}
 	l.forgetSteered(now)
+	r.Odd = l.serviceQueue != nil // which only the leader's is
 	g, err := l.space.Grant(r)
 	if err == nil {
 		l.steered.add(g.Lock, now)

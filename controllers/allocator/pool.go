@@ -241,8 +241,14 @@ func (p *pool) stats() Counts {
 
 func clamp(n uint64) int64 { return int64(min(n, math.MaxInt64)) }
 
-// pick finds a free offset of the upper band or of the lower one, from a random start.
-func (p *pool) pick(upper bool, random func(uint64) uint64) (Lock, bool) {
+// probes is how many random offsets pick tries. While a quarter of a band is free, one of them almost surely is.
+const probes = 32
+
+// pick finds a free offset of the upper band or of the lower one, if it can one that is preferred.
+//
+// Any free one is as likely as any other while there are some, because other replicas pick at the same time and know of this pick only later: the first free one
+// after a random start would often be the one after a long stretch that is excluded or full, for all of them.
+func (p *pool) pick(upper bool, random func(uint64) uint64, preferred func(offset uint64) bool) (Lock, bool) {
 	from, to := p.band, p.last
 	if !upper {
 		if p.band <= p.first {
@@ -253,7 +259,22 @@ func (p *pool) pick(upper bool, random func(uint64) uint64) (Lock, bool) {
 	if from > to {
 		return Lock{}, false
 	}
-	start := from + random(to-from+1)
+	room := to - from + 1
+	for _, e := range p.excluded {
+		if e.last >= from && e.first <= to {
+			room -= min(e.last, to) - max(e.first, from) + 1
+		}
+	}
+	if room == 0 {
+		return Lock{}, false
+	}
+	start := from
+	for range probes {
+		start = p.nth(from, random(room))
+		if _, ok := p.free.next(start, start); ok && preferred(start) {
+			return p.lock(start), true
+		}
+	}
 	o, ok := p.free.next(start, to)
 	if !ok && start > from {
 		o, ok = p.free.next(from, start-1)
@@ -262,4 +283,19 @@ func (p *pool) pick(upper bool, random func(uint64) uint64) (Lock, bool) {
 		return Lock{}, false
 	}
 	return p.lock(o), true
+}
+
+// nth is the n-th offset from from on that is not excluded.
+func (p *pool) nth(from, n uint64) uint64 {
+	o := from + n
+	for _, e := range p.excluded {
+		if e.last < from {
+			continue
+		}
+		if e.first > o {
+			break
+		}
+		o += e.last - max(e.first, from) + 1
+	}
+	return o
 }

@@ -30,7 +30,13 @@ type Request struct {
 	Family v1alpha1.IPFamily
 	Use    v1alpha1.ClaimUse
 	Holder Holder
+	// Odd says, of a request without a policy, which half of what there is comes first. No claim keeps two replicas from choosing the same for two such requests,
+	// so each has a half of its own.
+	Odd bool
 }
+
+// prefers says whether an offset is of the half that comes first for the request.
+func (r Request) prefers(offset uint64) bool { return r.Policy != "" || r.Odd == (offset%2 == 1) }
 
 // Grant is a lock that nobody held when it was given.
 type Grant struct {
@@ -257,7 +263,7 @@ func (s *Space) Grant(r Request) (Grant, error) {
 	// The static bands of all ranges are left alone while any upper band has room.
 	for _, upper := range []bool{true, false} {
 		for _, p := range candidates {
-			l, ok := p.pick(upper, s.uint64n)
+			l, ok := p.pick(upper, s.uint64n, r.prefers)
 			if !ok {
 				continue
 			}
