@@ -139,7 +139,7 @@ var _ = Describe("the waiting list", func() {
 		Expect(err).NotTo(HaveOccurred())
 		_, err = ask("b")
 		Expect(err).NotTo(HaveOccurred())
-		for _, name := range []string{"gone", "late"} {
+		for _, name := range []string{"gone", "late", "later", "last"} {
 			_, err = ask(name)
 			Expect(err).To(MatchError(allocator.ErrExhausted))
 		}
@@ -149,6 +149,20 @@ var _ = Describe("the waiting list", func() {
 		Expect(q.Len()).To(Equal(1))
 		next, _ := q.Get()
 		Expect(next.Name).To(Equal("late"))
+
+		By("who was woken and needs nothing any more leaves it to the next, once")
+		for range 2 {
+			l.served(next.NamespacedName)
+			Expect(q.Len()).To(Equal(1))
+		}
+		next, _ = q.Get()
+		Expect(next.Name).To(Equal("later"))
+
+		By("who was woken and got it does not")
+		_, err = ask("later")
+		Expect(err).NotTo(HaveOccurred())
+		l.served(next.NamespacedName)
+		Expect(q.Len()).To(BeZero())
 	})
 })
 
