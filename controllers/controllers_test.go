@@ -329,7 +329,7 @@ var _ = Describe("Services", func() {
 		late := t.service("late", nil)
 		a := t.allocation(late, metav1.ConditionFalse)
 		Expect(a.Spec.ServiceIPs).To(HaveLen(1), "it keeps the address that the API server gave")
-		Eventually(policyCondition(p, v1alpha1.PolicyCapacityAvailable)).Should(And(HavePrefix("False"), ContainSubstring("IPv4 addresses: 2 of 2")))
+		Eventually(policyCondition(p, v1alpha1.PolicyCapacityAvailable)).Should(And(HavePrefix("False RangeExhausted"), ContainSubstring("IPv4 addresses: 2 of 2")))
 		Expect(p.Status.Services.Waiting).To(Equal(int32(1)))
 		warnings := func() (out []string) {
 			var list eventsv1.EventList
@@ -345,7 +345,7 @@ var _ = Describe("Services", func() {
 		Consistently(warnings).Should(HaveLen(1))
 		Expect(k8s.Delete(ctx, first)).To(Succeed())
 		Expect(additionalIPs(t.allocated(late))).To(HaveLen(1))
-		Eventually(policyCondition(p, v1alpha1.PolicyCapacityAvailable)).Should(HavePrefix("True"))
+		Eventually(policyCondition(p, v1alpha1.PolicyCapacityAvailable)).Should(HavePrefix("False RangeFull"))
 	})
 })
 

@@ -28,8 +28,19 @@ type policyEntry struct {
 	api    *v1alpha1.ServiceProxyPolicy
 	parsed *allocator.Policy
 	err    error
-	// clash tells which node's addresses a range overlaps, empty if none.
-	clash string
+	// clashes tell which addresses of nodes a range overlaps, by node.
+	clashes map[string]string
+}
+
+// clash names one of the overlaps with nodes, always the same, empty if there is none.
+func (e *policyEntry) clash() string {
+	worst := ""
+	for _, c := range e.clashes {
+		if worst == "" || c < worst {
+			worst = c
+		}
+	}
+	return worst
 }
 
 // registration is what is known of one ServiceCIDR.
@@ -81,7 +92,6 @@ type ledger struct {
 	tallies     map[string]*tally
 	waiting     map[string]*waitlist // Services that wait for an address, by policy
 	unsettled   unsettled
-	woken       map[types.NamespacedName][]string            // what Services were taken off waiting lists for, until they ask again or need nothing
 	reserved    map[types.NamespacedName]map[netip.Addr]bool // what IPAddresses of ours keep for a Service
 
 	resolved  []*allocator.Policy
@@ -107,8 +117,7 @@ func newLedger(options Options) *ledger {
 		assignments: map[types.NamespacedName]assignmentEntry{},
 		tallies:     map[string]*tally{},
 		waiting:     map[string]*waitlist{},
-		unsettled:   unsettled{by: map[types.NamespacedName]owing{}},
-		woken:       map[types.NamespacedName][]string{},
+		unsettled:   unsettled{by: map[types.NamespacedName]owing{}, counts: map[string]int{}},
 		reserved:    map[types.NamespacedName]map[netip.Addr]bool{},
 	}
 }
@@ -116,9 +125,9 @@ func newLedger(options Options) *ledger {
 // unsettled are the Services that no reconcile has brought up to date since the policies last changed. Until there is none that a policy covers, or may
 // cover, its status cannot say that all is done.
 type unsettled struct {
-	epoch   int // counts the changes of policies
-	by      map[types.NamespacedName]owing
-	unknown int // how many of by have no policy
+	epoch  int // counts the changes of policies
+	by     map[types.NamespacedName]owing
+	counts map[string]int // how many of by are of which policy, empty: of one that is not known
 }
 
 // owing is what is missing for a Service to be settled.
@@ -127,31 +136,36 @@ type owing struct {
 	generation int64  // of its assignment, which the informer has not shown yet; 0: not written yet
 }
 
-func (u *unsettled) add(key types.NamespacedName) {
+func (u *unsettled) set(key types.NamespacedName, o owing) {
 	u.remove(key)
-	u.by[key] = owing{}
-	u.unknown++
+	u.by[key] = o
+	u.counts[o.policy]++
+}
+
+// setAll makes these Services and no others unsettled.
+func (u *unsettled) setAll(keys []types.NamespacedName) {
+	u.by, u.counts = make(map[types.NamespacedName]owing, len(keys)), map[string]int{}
+	for _, key := range keys {
+		u.by[key] = owing{}
+	}
+	if len(keys) > 0 {
+		u.counts[""] = len(keys)
+	}
 }
 
 func (u *unsettled) remove(key types.NamespacedName) {
-	if o, ok := u.by[key]; ok && o.policy == "" {
-		u.unknown--
+	o, ok := u.by[key]
+	if !ok {
+		return
 	}
 	delete(u.by, key)
+	if u.counts[o.policy]--; u.counts[o.policy] == 0 {
+		delete(u.counts, o.policy)
+	}
 }
 
 // of says whether a Service that the policy covers, or may cover, is unsettled.
-func (u *unsettled) of(policy string) bool {
-	if u.unknown > 0 {
-		return true
-	}
-	for _, o := range u.by {
-		if o.policy == policy {
-			return true
-		}
-	}
-	return false
-}
+func (u *unsettled) of(policy string) bool { return u.counts[""] > 0 || u.counts[policy] > 0 }
 
 // covered says that a Service was found to be covered by policy (empty: by none), as of an epoch. What is covered by none is settled.
 func (l *ledger) covered(key types.NamespacedName, policy string, epoch int) {
@@ -162,9 +176,9 @@ func (l *ledger) covered(key types.NamespacedName, policy string, epoch int) {
 	}
 	l.unsettled.remove(key)
 	if policy != "" {
-		l.unsettled.by[key] = owing{policy: policy}
+		l.unsettled.set(key, owing{policy: policy})
 	}
-	if l.unsettled.unknown == 0 {
+	if l.unsettled.counts[""] == 0 {
 		l.touchAll()
 	}
 }
@@ -174,7 +188,7 @@ func (l *ledger) settled(key types.NamespacedName, epoch int, generation int64) 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if o, ok := l.unsettled.by[key]; ok && o.policy != "" && epoch == l.unsettled.epoch {
-		l.unsettled.by[key] = owing{o.policy, generation}
+		l.unsettled.set(key, owing{o.policy, generation})
 		l.shown(key)
 	}
 }
@@ -236,12 +250,11 @@ func (l *ledger) refresh(now time.Time) {
 		if e.parsed == nil {
 			continue
 		}
-		e.clash = l.clash(e.parsed)
 		p := *e.parsed
 		p.Ranges = slices.Clone(p.Ranges)
 		for i := range p.Ranges {
 			r := &p.Ranges[i]
-			r.Usable = e.clash == "" && (r.Use == v1alpha1.RangeUseLoadBalancer || usable[r.Prefix])
+			r.Usable = len(e.clashes) == 0 && l.serves(r.Prefix) && (r.Use == v1alpha1.RangeUseLoadBalancer || usable[r.Prefix])
 		}
 		parsed = append(parsed, &p)
 	}
@@ -249,6 +262,8 @@ func (l *ledger) refresh(now time.Time) {
 	for _, p := range l.resolved {
 		before[p.Name] = usableRanges(p)
 	}
+	// A policy that is not accepted because of a clash keeps its rights against younger ones: nodes come and go, and a range that changed hands with them would in the
+	// end have been given out by two policies.
 	l.resolved, l.conflicts = allocator.Resolve(parsed)
 	l.space.Configure(l.resolved, server)
 	for _, p := range l.resolved {
@@ -334,11 +349,11 @@ func usableRanges(p *allocator.Policy) (n int) {
 	return n
 }
 
-// clash finds a node whose pods' or own addresses lie in a range of the policy.
-func (l *ledger) clash(p *allocator.Policy) string {
+// noteClash looks whether a node's pods' or own addresses lie in a range of the policy, and says whether that is news.
+func (e *policyEntry) noteClash(name string, n nodeEntry) bool {
 	worst := ""
-	for name, n := range l.nodes {
-		for _, r := range p.Ranges {
+	if e.parsed != nil {
+		for _, r := range e.parsed.Ranges {
 			for _, used := range n.prefixes {
 				if !r.Prefix.Overlaps(used) {
 					continue
@@ -349,7 +364,15 @@ func (l *ledger) clash(p *allocator.Policy) string {
 			}
 		}
 	}
-	return worst
+	if e.clashes[name] == worst {
+		return false
+	}
+	if worst == "" {
+		delete(e.clashes, name)
+	} else {
+		e.clashes[name] = worst
+	}
+	return true
 }
 
 // errPolicyInvalid says that nothing may be decided about a Service, because the policy that covers it cannot be understood.
@@ -389,7 +412,6 @@ func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
 	now := time.Now()
 	l.refresh(now)
 	g, err := l.propose(r, now)
-	l.asked(r.Policy, serviceKey(r.Holder))
 	if isShortage(err) {
 		l.wait(r.Policy, serviceKey(r.Holder))
 	}
@@ -512,54 +534,31 @@ func (l *ledger) wait(policy string, key types.NamespacedName) {
 	l.waiting[policy].add(key)
 }
 
-// asked says that a Service has asked for what it may have been woken for. Callers hold mu.
-func (l *ledger) asked(policy string, key types.NamespacedName) {
-	if left := slices.DeleteFunc(l.woken[key], func(p string) bool { return p == policy }); len(left) > 0 {
-		l.woken[key] = left
-	} else {
-		delete(l.woken, key)
-	}
-}
-
-// served takes a Service that waits for nothing any more, or is gone, off all waiting lists: what is released next is for another, and so is what it was
-// woken for and has not asked for.
+// served takes a Service that waits for nothing any more, or is gone, off all waiting lists: what is released next is for another.
 func (l *ledger) served(key types.NamespacedName) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, w := range l.waiting {
 		w.remove(key)
 	}
-	passed := l.woken[key]
-	delete(l.woken, key)
-	for _, policy := range passed {
-		l.wakeFirst(policy)
-	}
 }
 
 // wake reconciles the Service that has waited longest for each policy that declares the lock. Callers hold mu.
 func (l *ledger) wake(lock allocator.Lock) {
 	for policy := range l.space.PoliciesOf(lock) {
-		l.wakeFirst(policy)
+		if w := l.waiting[policy]; w != nil && l.serviceQueue != nil {
+			if key, ok := w.pop(); ok {
+				l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+			}
+		}
 	}
-}
-
-// wakeFirst reconciles the Service that has waited longest for a policy, and says whether there was one. Callers hold mu.
-func (l *ledger) wakeFirst(policy string) bool {
-	w := l.waiting[policy]
-	if w == nil || l.serviceQueue == nil {
-		return false
-	}
-	key, ok := w.pop()
-	if ok {
-		l.woken[key] = append(l.woken[key], policy)
-		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
-	}
-	return ok
 }
 
 func (l *ledger) wakeAll(policy string) {
-	for l.wakeFirst(policy) {
-		continue
+	if w := l.waiting[policy]; w != nil && l.serviceQueue != nil {
+		for key, ok := w.pop(); ok; key, ok = w.pop() {
+			l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+		}
 	}
 }
 

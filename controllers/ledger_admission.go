@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -122,6 +123,12 @@ func (l *ledger) families() (out []v1alpha1.IPFamily) {
 		}
 	}
 	return out
+}
+
+// serves says whether Services of this cluster can have addresses of the range's family, and yes while that is not known. Callers hold mu.
+func (l *ledger) serves(prefix netip.Prefix) bool {
+	families := l.families()
+	return len(families) == 0 || slices.Contains(families, familyOf(prefix.Addr()))
 }
 
 // Grant implements admission.Ledger. It puts nobody on a waiting list: a request that is refused leaves nothing that could wait, and the reconciler of a Service that

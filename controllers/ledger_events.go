@@ -77,6 +77,16 @@ func follow[T client.Object](ctx context.Context, informers cache.Cache, on func
 }
 
 func (l *ledger) onPolicy(before, after *v1alpha1.ServiceProxyPolicy) {
+	again, services := l.notePolicy(before, after)
+	if services != nil {
+		for _, key := range again { // without mu: admission must not wait for thousands of them
+			services.Add(reconcile.Request{NamespacedName: key})
+		}
+	}
+}
+
+// notePolicy returns the Services that a change of policy has looked at again, and the queue they are for.
+func (l *ledger) notePolicy(before, after *v1alpha1.ServiceProxyPolicy) ([]types.NamespacedName, queue) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -84,11 +94,14 @@ func (l *ledger) onPolicy(before, after *v1alpha1.ServiceProxyPolicy) {
 		delete(l.policies, before.Name)
 	case before != nil && before.UID == after.UID && before.Generation == after.Generation:
 		l.policies[after.Name].api = after // status, labels: nothing that decides
-		return
+		return nil, nil
 	default:
-		e := &policyEntry{api: after}
+		e := &policyEntry{api: after, clashes: map[string]string{}}
 		if e.parsed, e.err = allocator.ParsePolicy(after); e.err != nil {
 			e.parsed = nil
+		}
+		for name, n := range l.nodes {
+			e.noteClash(name, n)
 		}
 		l.policies[after.Name] = e
 	}
@@ -98,15 +111,10 @@ func (l *ledger) onPolicy(before, after *v1alpha1.ServiceProxyPolicy) {
 	}
 	l.stale = true
 	l.unsettled.epoch++
-	for key := range l.services {
-		l.unsettled.add(key)
-	}
+	all := slices.Collect(maps.Keys(l.services))
+	l.unsettled.setAll(all)
 	l.touchAll() // who has what of overlapping ranges may have changed for others
-	if l.serviceQueue != nil {
-		for key := range l.services {
-			l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
-		}
-	}
+	return all, l.serviceQueue
 }
 
 func (l *ledger) onServiceCIDR(before, after *networkingv1.ServiceCIDR) {
@@ -185,7 +193,9 @@ func (l *ledger) setNode(name string, n nodeEntry) {
 		l.nodes[name] = n
 	}
 	if !slices.Equal(was.prefixes, n.prefixes) {
-		l.stale = true
+		for _, e := range l.policies {
+			l.stale = e.noteClash(name, n) || l.stale
+		}
 	} else if was.exists == n.exists && was.ready == n.ready && maps.Equal(was.labels, n.labels) && slices.EqualFunc(was.modes, n.modes, sameAbility) {
 		return
 	}
@@ -308,7 +318,7 @@ func (l *ledger) onService(before, after *corev1.Service) {
 		now = nodePorts(after)
 		l.services[key] = now
 		if before == nil {
-			l.unsettled.add(key)
+			l.unsettled.set(key, owing{})
 		}
 	}
 	for _, lock := range was {

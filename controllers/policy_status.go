@@ -63,21 +63,26 @@ const (
 	reasonRegistering   = "Registering"
 	reasonRefused       = "RegistrationRefused"
 	reasonNotAccepted   = "NotAccepted"
+	reasonNotServed     = "FamilyNotServed"
+	reasonPortsOutside  = "NodePortRangeOutside"
 	reasonAvailable     = "Available"
+	reasonFull          = "RangeFull"
 	reasonProgrammed    = "Programmed"
 	reasonProgramming   = "Programming"
 	reasonUnsupported   = "UnsupportedNodes"
+	reasonNoNodes       = "NoNodes"
 	reasonNoServices    = "NoServices"
 	reasonReady         = "Ready"
 	reasonDeletionWaits = "DeletionWaits"
 )
 
-// conditions states each condition; Ready is the first of the others that is not as it should be.
+// conditions states each condition; Ready is the first of the others that is not as it should be. That nothing is left for a Service to come is not amiss as long as
+// those that exist have all they are owed.
 func (v policyView) conditions() []metav1.Condition {
 	all := []metav1.Condition{v.accepted(), v.conflicted(), v.rangesReady(), v.capacityAvailable(), v.programmed()}
 	ready := condition(v1alpha1.PolicyReady, true, reasonReady, "the policy is accepted, its ranges are ready and what it covers is programmed")
 	for _, c := range all {
-		if good := c.Type != v1alpha1.PolicyConflicted; (c.Status == metav1.ConditionTrue) != good {
+		if good := c.Type != v1alpha1.PolicyConflicted; (c.Status == metav1.ConditionTrue) != good && c.Reason != reasonFull {
 			ready = condition(v1alpha1.PolicyReady, false, c.Reason, c.Message)
 			break
 		}
@@ -125,11 +130,22 @@ func (v policyView) rangesReady() metav1.Condition {
 	if v.refused != "" {
 		return condition(v1alpha1.PolicyRangesReady, false, reasonRefused, "the API server refused to take a range as ServiceCIDR: "+v.refused)
 	}
-	var missing []string
+	var missing, unserved []string
 	for _, r := range v.resolved.Ranges {
-		if !r.Usable && !v.wholly(r.Prefix) {
+		switch {
+		case !v.serves(r.Prefix):
+			unserved = append(unserved, r.Prefix.String())
+		case !r.Usable && !v.wholly(r.Prefix):
 			missing = append(missing, r.Prefix.String())
 		}
+	}
+	if len(unserved) > 0 {
+		return condition(v1alpha1.PolicyRangesReady, false, reasonNotServed, fmt.Sprintf(
+			"nothing of %s can be given out: this cluster's Services have addresses of %s only", strings.Join(unserved, ", "), v.served[0]))
+	}
+	if ports, can := v.resolved.NodePorts, v.resolved.NodePorts.Intersect(v.serverPorts); v.serverPorts.Size() > 0 && can != ports {
+		return condition(v1alpha1.PolicyRangesReady, false, reasonPortsOutside, fmt.Sprintf(
+			"nodePortRange is %s and the API server's range (--service-node-port-range) is %s, so only %d of its %d ports can be given out", ports, v.serverPorts, can.Size(), ports.Size()))
 	}
 	if len(missing) > 0 {
 		return condition(v1alpha1.PolicyRangesReady, false, reasonRegistering, "waiting for the API servers to know "+strings.Join(missing, ", ")+" as ServiceCIDR")
@@ -138,25 +154,50 @@ func (v policyView) rangesReady() metav1.Condition {
 }
 
 func (v policyView) capacityAvailable() metav1.Condition {
-	if v.tally.waiting == 0 {
+	full := v.full()
+	switch {
+	case v.tally.waiting == 0 && len(full) == 0:
 		return condition(v1alpha1.PolicyCapacityAvailable, true, reasonAvailable, "no Service waits for an address or node port")
-	}
-	var full []string
-	for _, family := range []v1alpha1.IPFamily{v1alpha1.IPv4, v1alpha1.IPv6} {
-		if c, ok := v.families[family]; ok && c.Free == 0 {
-			full = append(full, (&allocator.ExhaustedError{Policy: v.resolved.Name, Family: family, Used: c.Total - c.Free, Total: c.Total}).Error())
-		}
-	}
-	if len(full) == 0 {
+	case v.tally.waiting == 0:
+		return condition(v1alpha1.PolicyCapacityAvailable, false, reasonFull, strings.Join(full, "; ")+"; no Service waits, and the next one would")
+	case len(full) == 0:
 		full = []string{"Services wait for addresses that were released just now, or whose range gives out nothing"}
 	}
 	return condition(v1alpha1.PolicyCapacityAvailable, false, reasonExhausted, strings.Join(full, "; ")+"; add a range to the policy or delete Services")
+}
+
+// full says of which kinds the policy declares something to be given out automatically and has nothing left.
+func (v policyView) full() (out []string) {
+	if v.resolved == nil {
+		return nil
+	}
+	for _, use := range []v1alpha1.RangeUse{v1alpha1.RangeUseClusterIP, v1alpha1.RangeUseLoadBalancer} {
+		for _, family := range []v1alpha1.IPFamily{v1alpha1.IPv4, v1alpha1.IPv6} {
+			all := allocator.ExhaustedError{Policy: v.resolved.Name, Family: family, Use: use}
+			free := false
+			for _, r := range v.resolved.Ranges {
+				if r.Use == use && familyOf(r.Prefix.Addr()) == family && r.Allocation == v1alpha1.RangeAllocationAutomatic {
+					c := v.ranges[r.Prefix]
+					all.Used, all.Total, free = all.Used+c.Total-c.Free, all.Total+c.Total, free || c.Free > 0
+				}
+			}
+			if all.Total > 0 && !free {
+				out = append(out, all.Error())
+			}
+		}
+	}
+	if p := v.ports; p.Total > 0 && p.Free == 0 {
+		out = append(out, (&allocator.ExhaustedError{Policy: v.resolved.Name, Used: p.Total, Total: p.Total}).Error())
+	}
+	return out
 }
 
 func (v policyView) programmed() metav1.Condition {
 	switch {
 	case v.nodes.Unsupported > 0:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonUnsupported, "nodes that cannot do the policy's proxyMode: "+strings.Join(v.unsupported, "; "))
+	case v.clusterSize > 0 && v.nodes.Selected == 0 && v.resolved != nil:
+		return condition(v1alpha1.PolicyProgrammed, false, reasonNoNodes, fmt.Sprintf("nodeSelector matches none of the cluster's %d nodes, so nobody forwards the covered Services", v.clusterSize))
 	case v.tally.programmed < v.tally.covered:
 		return condition(v1alpha1.PolicyProgrammed, false, reasonProgramming, fmt.Sprintf(
 			"%d of %d covered Services are programmed on every selected node that is Ready; kubectl get svca -A tells which", v.tally.programmed, v.tally.covered))

@@ -17,7 +17,9 @@ type policyView struct {
 	clash       string // the cluster's addresses that a range overlaps
 	refused     string // why the API server does not take a range, empty if it does
 	terminating bool
-	resolved    *allocator.Policy // nil if invalid
+	resolved    *allocator.Policy   // nil if invalid
+	served      []v1alpha1.IPFamily // the families of which the API server gives Services addresses, empty while unknown
+	serverPorts allocator.PortRange // the API server's range of node ports, zero while unknown
 	conflicts   []allocator.Conflict
 	heirs       map[netip.Prefix]string // other policies that declare precisely the same range
 	registered  map[netip.Prefix]string // ServiceCIDRs by range
@@ -26,6 +28,7 @@ type policyView struct {
 	ports       allocator.Counts
 	tally       tally
 	covers      []string // of a policy that is being deleted, the first few Services, default/kubernetes before others
+	clusterSize int      // how many nodes there are, selected or not
 	unsettled   bool     // Services that the policy covers, or may cover, have not been looked at since the policies changed
 	nodes       v1alpha1.PolicyNodesStatus
 	unsupported []string  // the first few nodes that cannot do the mode, and what they can do
@@ -45,9 +48,9 @@ func (l *ledger) view(policy *v1alpha1.ServiceProxyPolicy, now time.Time) (polic
 	}
 	l.refresh(now)
 	v := policyView{
-		invalid: e.err, clash: e.clash, terminating: policy.DeletionTimestamp != nil, nextReady: l.nextReady,
-		unsettled: l.unsettled.of(policy.Name),
-		heirs:     map[netip.Prefix]string{}, registered: map[netip.Prefix]string{},
+		invalid: e.err, clash: e.clash(), terminating: policy.DeletionTimestamp != nil, nextReady: l.nextReady,
+		unsettled: l.unsettled.of(policy.Name), served: l.families(), serverPorts: l.serverPorts,
+		heirs: map[netip.Prefix]string{}, registered: map[netip.Prefix]string{},
 		ranges: map[netip.Prefix]allocator.Counts{}, families: map[v1alpha1.IPFamily]allocator.Counts{},
 	}
 	if t := l.tallies[policy.Name]; t != nil {
@@ -116,6 +119,9 @@ func (l *ledger) coveredBy(policy string) (out []string) {
 func (v *policyView) countNodes(nodes map[string]nodeEntry, mode v1alpha1.ProxyMode) {
 	mode = cmp.Or(mode, v1alpha1.ProxyModeNFTables)
 	for name, n := range nodes {
+		if n.exists {
+			v.clusterSize++
+		}
 		if !n.exists || !v.resolved.SelectsNode(n.labels) {
 			continue
 		}
@@ -153,13 +159,18 @@ func (v policyView) wholly(prefix netip.Prefix) bool {
 	return slices.ContainsFunc(v.conflicts, func(c allocator.Conflict) bool { return c.Whole && c.Overlap == prefix })
 }
 
+// serves says whether Services of this cluster can have addresses of the range's family, and yes while that is not known.
+func (v policyView) serves(prefix netip.Prefix) bool {
+	return len(v.served) == 0 || slices.Contains(v.served, familyOf(prefix.Addr()))
+}
+
 // toRegister lists the ranges that the API server must know.
 func (v policyView) toRegister() (out []netip.Prefix) {
 	if v.resolved == nil || v.terminating || v.clash != "" {
 		return nil
 	}
 	for _, r := range v.resolved.Ranges {
-		if r.Use == v1alpha1.RangeUseClusterIP && !v.wholly(r.Prefix) {
+		if r.Use == v1alpha1.RangeUseClusterIP && !v.wholly(r.Prefix) && v.serves(r.Prefix) {
 			out = append(out, r.Prefix)
 		}
 	}

@@ -59,14 +59,19 @@ var (
 type ExhaustedError struct {
 	Policy string
 	// Family is empty for node ports.
-	Family      v1alpha1.IPFamily
+	Family v1alpha1.IPFamily
+	// Use is what the addresses are for, empty for node ports.
+	Use         v1alpha1.RangeUse
 	Used, Total int64
 }
 
 func (e *ExhaustedError) Error() string {
 	what := string(e.Family) + " addresses"
-	if e.Family == "" {
+	switch {
+	case e.Family == "":
 		what = "node ports"
+	case e.Use == v1alpha1.RangeUseLoadBalancer:
+		what += " for load balancers"
 	}
 	if e.Policy == "" {
 		return fmt.Sprintf("the API server's own ranges have no free %s outside of all policies' ranges: %d of %d in use", what, e.Used, e.Total)
@@ -245,7 +250,7 @@ func (s *Space) Grant(r Request) (Grant, error) {
 		s.Hold(l, hold)
 		return Grant{Lock: l, Reclaim: true}, nil
 	}
-	exhausted := &ExhaustedError{Policy: r.Policy, Family: r.Family}
+	exhausted := &ExhaustedError{Policy: r.Policy, Family: r.Family, Use: r.rangeUse()}
 	var candidates []*pool
 	notUsable := false
 	var sum Counts
@@ -300,11 +305,18 @@ func (p *pool) serves(r Request) bool {
 	if p.ports.First != 0 {
 		return r.Family == ""
 	}
-	want := v1alpha1.RangeUseClusterIP
-	if r.Use == v1alpha1.ClaimUseLoadBalancerIP {
-		want = v1alpha1.RangeUseLoadBalancer
+	return r.Family == p.family() && p.use == r.rangeUse()
+}
+
+// rangeUse is the use of the ranges that serve the request, empty for node ports.
+func (r Request) rangeUse() v1alpha1.RangeUse {
+	switch {
+	case r.Family == "":
+		return ""
+	case r.Use == v1alpha1.ClaimUseLoadBalancerIP:
+		return v1alpha1.RangeUseLoadBalancer
 	}
-	return r.Family == p.family() && p.use == want
+	return v1alpha1.RangeUseClusterIP
 }
 
 // sticky finds a lock that rests for a Service of this name and that the policy still gives out. If the API server's lock still exists the

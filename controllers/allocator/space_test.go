@@ -82,7 +82,7 @@ func TestGrantsEveryAddressOnceAndThenReportsExhaustion(t *testing.T) {
 			if !errors.As(err, &exhausted) || !errors.Is(err, ErrExhausted) {
 				t.Fatalf("got %v", err)
 			}
-			if want := (ExhaustedError{"p", family, int64(tt.total), int64(tt.total)}); *exhausted != want {
+			if want := (ExhaustedError{"p", family, v1alpha1.RangeUseClusterIP, int64(tt.total), int64(tt.total)}); *exhausted != want {
 				t.Errorf("got %+v, want %+v", *exhausted, want)
 			}
 			for l := range seen {
