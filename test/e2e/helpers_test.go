@@ -302,6 +302,19 @@ func (t *tenant) service(name string, change func(*corev1.Service)) *corev1.Serv
 }
 
 func (t *tenant) newService(name string, change func(*corev1.Service)) *corev1.Service {
+	svc := t.plainService(name, change)
+	if svc.Spec.ClusterIP == "" {
+		ips := outside()
+		svc.Spec.ClusterIP, svc.Spec.ClusterIPs = ips[0], ips[:1]
+		if ptr.Deref(svc.Spec.IPFamilyPolicy, "") == corev1.IPFamilyPolicyRequireDualStack {
+			svc.Spec.ClusterIPs = ips
+		}
+	}
+	return svc
+}
+
+// plainService is the same, but asks for no address.
+func (t *tenant) plainService(name string, change func(*corev1.Service)) *corev1.Service {
 	svc := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Namespace: t.name, Name: name},
 		Spec: corev1.ServiceSpec{
@@ -311,13 +324,6 @@ func (t *tenant) newService(name string, change func(*corev1.Service)) *corev1.S
 	}
 	if change != nil {
 		change(svc)
-	}
-	if svc.Spec.ClusterIP == "" {
-		ips := outside()
-		svc.Spec.ClusterIP, svc.Spec.ClusterIPs = ips[0], ips[:1]
-		if ptr.Deref(svc.Spec.IPFamilyPolicy, "") == corev1.IPFamilyPolicyRequireDualStack {
-			svc.Spec.ClusterIPs = ips
-		}
 	}
 	return svc
 }
