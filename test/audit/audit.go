@@ -110,6 +110,20 @@ func (w World) Outside() (addresses, ports int) {
 	return addresses, ports
 }
 
+// Foreign counts what tenants' policies declare and Services of others have.
+func (w World) Foreign() (n int) {
+	for i := range w.Services {
+		for _, lock := range locksOf(&w.Services[i]) {
+			for j := range w.Tenants {
+				if t := &w.Tenants[j]; t.Namespace != w.Services[i].Namespace && t.declares(lock) {
+					n++
+				}
+			}
+		}
+	}
+	return n
+}
+
 func (w World) tenant(namespace string) *Tenant {
 	for i := range w.Tenants {
 		if w.Tenants[i].Namespace == namespace {

@@ -86,6 +86,9 @@ func TestASoundWorldHasNoFaults(t *testing.T) {
 	if addresses, ports := w.Outside(); addresses != 1 || ports != 1 {
 		t.Errorf("outside: %d addresses and %d ports, want one each", addresses, ports)
 	}
+	if got := w.Foreign(); got != 2 {
+		t.Errorf("foreign: %d, want an address and a port", got)
+	}
 }
 
 func TestEveryPlantedFaultIsFound(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"k8s.io/apimachinery/pkg/runtime"
@@ -28,6 +29,7 @@ type Server struct {
 	Client client.WithWatch
 
 	env     *envtest.Environment
+	warned  warnings
 	manager *exec.Cmd
 	log     bytes.Buffer // of manager
 	dir     string
@@ -46,8 +48,8 @@ func Start(args map[string]string) (_ *Server, err error) {
 	s := &Server{env: &envtest.Environment{
 		CRDDirectoryPaths:     []string{filepath.Join(root, "config", "crd", "bases")},
 		ErrorIfCRDPathMissing: true,
-		// kube-apiserver waits on SIGTERM for every watch to end by itself.
-		ControlPlaneStopTimeout: time.Minute,
+		// Machines may be busy, and kube-apiserver waits on SIGTERM for every watch to end by itself.
+		ControlPlaneStartTimeout: time.Minute, ControlPlaneStopTimeout: time.Minute,
 	}}
 	defer func() {
 		if err != nil {
@@ -63,7 +65,7 @@ func Start(args map[string]string) (_ *Server, err error) {
 	if s.Config, err = s.env.Start(); err != nil {
 		return nil, fmt.Errorf("start API server: %w", err)
 	}
-	s.Config.QPS = -1
+	s.Config.QPS, s.Config.WarningHandler = -1, &s.warned
 	scheme := runtime.NewScheme()
 	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme)); err != nil {
 		return nil, err
@@ -107,6 +109,29 @@ func (s *Server) WriteKubeconfig(path, address string) error {
 // Address is HOST:PORT of the API server.
 func (s *Server) Address() string {
 	return s.env.ControlPlane.GetAPIServer().SecureServing.HostPort()
+}
+
+// Warnings are the warnings that came with answers to Client, and how often each did.
+func (s *Server) Warnings() map[string]int {
+	s.warned.mu.Lock()
+	defer s.warned.mu.Unlock()
+	return maps.Clone(s.warned.seen)
+}
+
+// warnings collects them.
+type warnings struct {
+	mu   sync.Mutex
+	seen map[string]int
+}
+
+// HandleWarningHeader implements rest.WarningHandler.
+func (w *warnings) HandleWarningHeader(_ int, _, text string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.seen == nil {
+		w.seen = map[string]int{}
+	}
+	w.seen[text]++
 }
 
 // Stop ends everything.
