@@ -92,6 +92,7 @@ type ledger struct {
 	tallies     map[string]*tally
 	waiting     map[string]*waitlist // Services that wait for an address, by policy
 	unsettled   unsettled
+	woken       map[types.NamespacedName][]string            // what Services were taken off waiting lists for, until they ask again or need nothing
 	reserved    map[types.NamespacedName]map[netip.Addr]bool // what IPAddresses of ours keep for a Service
 
 	resolved  []*allocator.Policy
@@ -118,6 +119,7 @@ func newLedger(options Options) *ledger {
 		tallies:     map[string]*tally{},
 		waiting:     map[string]*waitlist{},
 		unsettled:   unsettled{by: map[types.NamespacedName]owing{}, counts: map[string]int{}},
+		woken:       map[types.NamespacedName][]string{},
 		reserved:    map[types.NamespacedName]map[netip.Addr]bool{},
 	}
 }
@@ -412,6 +414,7 @@ func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
 	now := time.Now()
 	l.refresh(now)
 	g, err := l.propose(r, now)
+	l.asked(r.Policy, serviceKey(r.Holder))
 	if isShortage(err) {
 		l.wait(r.Policy, serviceKey(r.Holder))
 	}
@@ -534,31 +537,54 @@ func (l *ledger) wait(policy string, key types.NamespacedName) {
 	l.waiting[policy].add(key)
 }
 
-// served takes a Service that waits for nothing any more, or is gone, off all waiting lists: what is released next is for another.
+// asked says that a Service has asked for what it may have been woken for. Callers hold mu.
+func (l *ledger) asked(policy string, key types.NamespacedName) {
+	if left := slices.DeleteFunc(l.woken[key], func(p string) bool { return p == policy }); len(left) > 0 {
+		l.woken[key] = left
+	} else {
+		delete(l.woken, key)
+	}
+}
+
+// served takes a Service that waits for nothing any more, or is gone, off all waiting lists: what is released next is for another, and so is what it was
+// woken for and has not asked for.
 func (l *ledger) served(key types.NamespacedName) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, w := range l.waiting {
 		w.remove(key)
 	}
+	passed := l.woken[key]
+	delete(l.woken, key)
+	for _, policy := range passed {
+		l.wakeFirst(policy)
+	}
 }
 
 // wake reconciles the Service that has waited longest for each policy that declares the lock. Callers hold mu.
 func (l *ledger) wake(lock allocator.Lock) {
 	for policy := range l.space.PoliciesOf(lock) {
-		if w := l.waiting[policy]; w != nil && l.serviceQueue != nil {
-			if key, ok := w.pop(); ok {
-				l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
-			}
-		}
+		l.wakeFirst(policy)
 	}
 }
 
+// wakeFirst reconciles the Service that has waited longest for a policy, and says whether there was one. Callers hold mu.
+func (l *ledger) wakeFirst(policy string) bool {
+	w := l.waiting[policy]
+	if w == nil || l.serviceQueue == nil {
+		return false
+	}
+	key, ok := w.pop()
+	if ok {
+		l.woken[key] = append(l.woken[key], policy)
+		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+	}
+	return ok
+}
+
 func (l *ledger) wakeAll(policy string) {
-	if w := l.waiting[policy]; w != nil && l.serviceQueue != nil {
-		for key, ok := w.pop(); ok; key, ok = w.pop() {
-			l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
-		}
+	for l.wakeFirst(policy) {
+		continue
 	}
 }
 
