@@ -29,12 +29,16 @@ var beforeYAML string
 //go:embed services.yaml
 var servicesYAML string
 
+//go:embed strict.yaml
+var strictYAML string
+
 // namespace is where the story takes place.
 const namespace = "demo"
 
 var (
 	orange     = netip.MustParseAddrPort("10.99.13.178:80")
 	purplePort = uint16(30080)
+	strict     = netip.MustParsePrefix("10.98.7.0/24")
 	ranges     = []netip.Prefix{netip.MustParsePrefix("10.99.0.0/16"), netip.MustParsePrefix("fd00:10:99::/112")}
 )
 
@@ -54,10 +58,12 @@ func (s *story) tell(ctx context.Context) error {
 		{"Before: pods on every node, and a Service as the API server makes them", s.before},
 		{"An administrator declares ranges: kubectl apply -f policy.yaml", s.policy},
 		{"Two Services: orange asks for 10.99.13.178, purple for node port 30080", s.services},
+		{"Their addresses are their ClusterIPs, as in any cluster", s.native},
 		{"What the cluster says", s.overview},
 		{"Pods call the orange Service at 10.99.13.178:80", s.callOrange},
 		{"The outside host calls the purple node port through each node", s.callPurple},
 		{"The grey Service was there before: it keeps its addresses and gets more", s.callGrey},
+		{"A Strict tenant gets what is its own, and nothing else", s.strictTenant},
 		{"An orange pod goes away under traffic", s.podGoesAway},
 		{"The agent on NODE1 is stopped: traffic goes on", s.agentStops},
 	} {
@@ -118,6 +124,29 @@ func (s *story) services(ctx context.Context) error {
 		}
 	}
 	s.good("the very first call from every node is answered")
+	return nil
+}
+
+func (s *story) native(ctx context.Context) error {
+	if err := s.show(ctx, "-n", namespace, "get", "services"); err != nil {
+		return err
+	}
+	var purple corev1.Service
+	if err := s.c.Client().Get(ctx, client.ObjectKey{Namespace: namespace, Name: "purple"}, &purple); err != nil {
+		return err
+	}
+	ip, err := netip.ParseAddr(purple.Spec.ClusterIP)
+	if err != nil {
+		return err
+	}
+	if !ranges[0].Contains(ip) {
+		return fmt.Errorf("purple asked for no address and got %s, which is not in %s", ip, ranges[0])
+	}
+	s.good("purple asked for no address: its ClusterIP %s is out of the policy's range, so that DNS leads there", ip)
+	if err := s.show(ctx, "get", "claim", orange.Addr().String(), fmt.Sprintf("nodeport-%d", purplePort)); err != nil {
+		return err
+	}
+	s.good("and everybody can see who holds an address or a port")
 	return nil
 }
 
@@ -202,6 +231,34 @@ func (s *story) callGrey(ctx context.Context) error {
 		return fmt.Errorf("%d additional addresses, want one of each range %v: %v", additional, ranges, grey.Spec.ServiceIPs)
 	}
 	s.good("an IPv4 and an IPv6 address from the declared ranges, beside the ClusterIPs that it had")
+	return nil
+}
+
+func (s *story) strictTenant(ctx context.Context) error {
+	if err := s.show(ctx, "create", "namespace", "vault"); err != nil {
+		return err
+	}
+	s.say("%s", strings.TrimRight(strictYAML, "\n"))
+	if _, err := s.c.Kubectl(ctx, strictYAML, "apply", "-f", "-"); err != nil {
+		return err
+	}
+	if err := s.show(ctx, "wait", "--for=condition=Ready", "serviceproxypolicy/vault", "--timeout=120s"); err != nil {
+		return err
+	}
+	if err := s.show(ctx, "-n", "vault", "create", "service", "clusterip", "safe", "--tcp=80"); err != nil {
+		return err
+	}
+	var safe corev1.Service
+	if err := s.c.Client().Get(ctx, client.ObjectKey{Namespace: "vault", Name: "safe"}, &safe); err != nil {
+		return err
+	}
+	if ip, err := netip.ParseAddr(safe.Spec.ClusterIP); err != nil || !strict.Contains(ip) {
+		return fmt.Errorf("safe got %q, which is not in %s", safe.Spec.ClusterIP, strict)
+	}
+	if err := s.showRefused(ctx, strict.String(), "-n", "vault", "create", "service", "clusterip", "astray", "--clusterip=10.99.13.179", "--tcp=80"); err != nil {
+		return err
+	}
+	s.good("safe got %s; astray was refused, with the reason", safe.Spec.ClusterIP)
 	return nil
 }
 
@@ -327,6 +384,20 @@ func (s *story) show(ctx context.Context, args ...string) error {
 		return err
 	}
 	s.say("%s", strings.TrimRight(out, "\n"))
+	return nil
+}
+
+// showRefused is show for what must fail, with a message that names this.
+func (s *story) showRefused(ctx context.Context, names string, args ...string) error {
+	s.say("$ kubectl %s", strings.Join(args, " "))
+	out, err := s.c.Kubectl(ctx, "", args...)
+	if err == nil {
+		return fmt.Errorf("kubectl %s was not refused", strings.Join(args, " "))
+	}
+	s.say("%s", strings.TrimRight(out, "\n"))
+	if !strings.Contains(out, names) {
+		return fmt.Errorf("the refusal does not name %s", names)
+	}
 	return nil
 }
 
