@@ -191,7 +191,7 @@ func (r *claimReconciler) leak(ctx context.Context, claim *v1alpha1.AllocationCl
 	if ok, err := exists(r.live); err != nil || ok {
 		return ctrl.Result{}, err
 	}
-	if err := r.ledger.release(ctx, r.client, r.live, claim); err != nil {
+	if err := r.ledger.release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName)); err != nil {
 		return ctrl.Result{}, err
 	}
 	r.reclaimed.WithLabelValues(reclaimedLeak).Inc()

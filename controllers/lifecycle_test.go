@@ -157,12 +157,13 @@ var _ = Describe("what admission reserved", func() {
 		}
 	})
 
-	It("and that a Service has which the policy no longer covers is let go", func() {
+	It("and that a Service has which the policy no longer covers is let go, without a rest because it is in use", func() {
 		t := newTenant()
 		p := t.policy("", func(s *v1alpha1.ServiceProxyPolicySpec) {
 			ranges(t.v4)(s)
 			s.ServiceSelector = metav1.LabelSelector{MatchLabels: map[string]string{"tier": "gold"}}
 			s.NodePortRange = &v1alpha1.NodePortRange{Start: 31030, End: 31039}
+			s.Reuse.Quarantine = &metav1.Duration{Duration: time.Hour}
 		})
 		startManager(quick, nil)
 		Eventually(policyCondition(p, v1alpha1.PolicyRangesReady)).Should(HavePrefix("True"))

@@ -434,7 +434,11 @@ func (r *serviceReconciler) releaseSurplus(ctx context.Context, key types.Namesp
 				continue
 			}
 		}
-		if err := r.ledger.release(ctx, r.client, r.live, claim); err != nil {
+		rest := r.ledger.restFor(claim.Spec.PolicyName)
+		if live != nil && slices.Contains(locksOf(live), lock) {
+			rest = 0 // the Service left the policy with what the API server gave it: that is in use, and counts as foreign
+		}
+		if err := r.ledger.release(ctx, r.client, r.live, claim, rest); err != nil {
 			return err
 		}
 	}
@@ -492,9 +496,9 @@ func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key
 }
 
 // release lets go of a claim whose holder is known, by a live read, not to own it any more: first the reservation, so that a Released claim
-// proves that there is none, then the claim, which rests for as long as its policy says.
-func (l *ledger) release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim) error {
-	if err := release(ctx, c, live, claim, l.restFor(claim.Spec.PolicyName)); err != nil {
+// proves that there is none, then the claim, which rests for a while.
+func (l *ledger) release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim, rest time.Duration) error {
+	if err := release(ctx, c, live, claim, rest); err != nil {
 		return err
 	}
 	// The informer may never show what was made and let go while its watch was broken. If it has not shown the claim yet, nothing is held any more.
