@@ -25,6 +25,7 @@ import (
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/agent/healthport"
 )
 
 // Config is what an agent needs to run.
@@ -71,7 +72,9 @@ func Run(ctx context.Context, c Config) error {
 	m := newMetrics(s, flows.Ended)
 	h := newHealth(s, m)
 	r := newReporter(c.Log.WithName("report"), c.Version, clients.writer(c.NodeName))
-	l := newLoop(c.Log, s, c.Modes, m, h, changed, r.publish)
+	checks := healthport.New(c.Log.WithName("healthport"), func() bool { _, ok := h.healthy(); return ok })
+	defer checks.Close()
+	l := newLoop(c.Log, s, c.Modes, m, h, listeners{changed: changed, checked: checks.Set, report: r.publish})
 
 	serve(ctx, &running, fail, "health", c.Health, h.handler())
 	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())

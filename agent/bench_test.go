@@ -7,8 +7,10 @@ import (
 	"testing"
 
 	"github.com/go-logr/logr"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
+	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 )
@@ -31,7 +33,7 @@ func BenchmarkChange(b *testing.B) {
 				Probe:   func(context.Context) error { return nil },
 				New:     func() (backend.Backend, error) { return noKernel{}, nil },
 				Cleanup: func(context.Context) error { return nil },
-			}}, r.loop.metrics, r.loop.health, func(_, _ *forwarding.Service) {}, func(Report) {})
+			}}, r.loop.metrics, r.loop.health, listeners{func(_, _ *forwarding.Service) {}, func(types.NamespacedName, compile.HealthCheck) {}, func(Report) {}})
 			var assignments, slices []any
 			names := make([]string, size)
 			for i := range size {

@@ -23,6 +23,8 @@ type program struct {
 	lost map[frontend]types.NamespacedName
 	// mode is the dataplane that live is in, "" for none. It differs from the assignment's while this node cannot do that one.
 	mode v1alpha1.ProxyMode
+	// check is the Service's health check, the zero value for nearly every one.
+	check compile.HealthCheck
 }
 
 // frontend is what a packet is recognised by: an address and a port, or a node port if the address is the zero Addr.

@@ -31,6 +31,16 @@ type Report struct {
 	Reason, Message string
 }
 
+// listeners are told what the loop does. None of them may wait.
+type listeners struct {
+	// changed: a kernel holds next in the place of prev; nil stands for nothing.
+	changed func(prev, next *forwarding.Service)
+	// checked: the kernel holds what this health check promises.
+	checked func(types.NamespacedName, compile.HealthCheck)
+	// report: a pass is over.
+	report func(Report)
+}
+
 // loop turns what the store receives into what the kernel holds. All of it runs in one goroutine.
 type loop struct {
 	log     logr.Logger
@@ -38,7 +48,7 @@ type loop struct {
 	planes  []*dataplane // in the order of the table
 	metrics *metrics
 	health  *health
-	report  func(Report)
+	tell    listeners
 
 	nudged chan struct{} // a dataplane wants attention
 
@@ -47,6 +57,8 @@ type loop struct {
 	frontends frontends
 	endpoints int // over all live services
 	unserved  map[types.NamespacedName]struct{}
+	// checks are the health checks that changed since the kernel last held all it should.
+	checks map[types.NamespacedName]compile.HealthCheck
 
 	synced bool
 	// received covers all that was folded into what the dataplanes want, held what all of them hold.
@@ -56,23 +68,23 @@ type loop struct {
 	lastPass       time.Time
 }
 
-// newLoop makes a loop. changed is told what a kernel holds in the place of what, report what became of every pass.
-func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, changed func(prev, next *forwarding.Service), report func(Report)) *loop {
+func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, tell listeners) *loop {
 	l := &loop{
-		log: log, store: s, metrics: m, health: h, report: report,
+		log: log, store: s, metrics: m, health: h, tell: tell,
 		nudged:    make(chan struct{}, 1),
 		programs:  map[types.NamespacedName]*program{},
 		frontends: newFrontends(),
 		unserved:  map[types.NamespacedName]struct{}{},
+		checks:    map[types.NamespacedName]compile.HealthCheck{},
 	}
-	tell := func(prev, next *forwarding.Service) {
+	changed := func(prev, next *forwarding.Service) {
 		if next == nil && slices.ContainsFunc(l.planes, func(d *dataplane) bool { return d.want.Get(prev.Key) != nil }) {
 			return // it only left one mode for another
 		}
-		changed(prev, next)
+		tell.changed(prev, next)
 	}
 	for _, mode := range table {
-		l.planes = append(l.planes, &dataplane{Mode: mode, log: log, changed: tell, leaving: map[forwarding.ServiceKey]struct{}{}})
+		l.planes = append(l.planes, &dataplane{Mode: mode, log: log, changed: changed, leaving: map[forwarding.ServiceKey]struct{}{}})
 	}
 	return l
 }
@@ -155,8 +167,10 @@ func (l *loop) fold(b batch) {
 func (l *loop) recompile(in input) {
 	p := l.programs[in.service]
 	var full []*forwarding.Service
+	var check compile.HealthCheck
 	if in.assignment != nil {
 		full = compile.Services(in.assignment, in.slices, l.node)
+		check = compile.HealthCheckOf(in.assignment, in.slices, l.node)
 	}
 	if p == nil {
 		if len(full) == 0 {
@@ -164,6 +178,9 @@ func (l *loop) recompile(in input) {
 		}
 		p = &program{service: in.service}
 		l.programs[in.service] = p
+	}
+	if !check.Equal(p.check) {
+		p.check, l.checks[in.service] = check, check
 	}
 	old := p.full
 	if in.assignment != nil {
@@ -317,11 +334,15 @@ func (l *loop) settle(b batch, start time.Time, changed bool) {
 		l.metrics.programmed(now, l.triggers)
 		l.triggers = nil
 		l.health.updated(now)
+		for service, check := range l.checks {
+			l.tell.checked(service, check)
+		}
+		clear(l.checks)
 	} else {
 		l.health.waiting(start)
 	}
 	l.metrics.took(b.services, b.endpoints)
-	l.report(l.reportNow())
+	l.tell.report(l.reportNow())
 }
 
 func (l *loop) reportNow() Report {

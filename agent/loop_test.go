@@ -21,6 +21,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -47,11 +48,12 @@ type rig struct {
 	reports []Report
 	logged  []string
 	changed []forwarding.Change
+	checks  map[types.NamespacedName]compile.HealthCheck
 	version int // the last resourceVersion
 }
 
 func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
-	r := &rig{t: t, store: newStore(), version: 100}
+	r := &rig{t: t, store: newStore(), version: 100, checks: map[types.NamespacedName]compile.HealthCheck{}}
 	log := funcr.New(func(_, line string) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -74,11 +76,11 @@ func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
 		}
 	}
 	m := newMetrics(r.store, func() uint64 { return 0 })
-	r.loop = newLoop(log, r.store, table, m, newHealth(r.store, m), r.noteChange, func(report Report) {
+	r.loop = newLoop(log, r.store, table, m, newHealth(r.store, m), listeners{r.noteChange, r.noteCheck, func(report Report) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.reports = append(r.reports, report)
-	})
+	}})
 	return r
 }
 
@@ -87,6 +89,19 @@ func (r *rig) noteChange(prev, next *forwarding.Service) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.changed = append(r.changed, forwarding.Change{Prev: prev, Next: next})
+}
+
+// noteCheck keeps the health check that a Service is said to have.
+func (r *rig) noteCheck(service types.NamespacedName, check compile.HealthCheck) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.checks[service] = check
+}
+
+func (r *rig) check(service string) compile.HealthCheck {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.checks[types.NamespacedName{Namespace: "shop", Name: service}]
 }
 
 func (r *rig) changes() []forwarding.Change {
@@ -775,4 +790,38 @@ func TestNetworkProgrammingIsMeasured(t *testing.T) {
 func pause(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
+}
+
+// A load balancer must not send a node traffic for which its kernel is not ready.
+func TestHealthCheckAfterTheKernel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, v1alpha1.ProxyModeNFTables)
+		defer r.run()()
+		nft := r.modes[0]
+		assigned := newAssignment("web", "10.99.0.1")
+		assigned.Spec.ExternalTrafficPolicy, assigned.Spec.HealthCheckNodePort = corev1.ServiceExternalTrafficPolicyLocal, 32000
+		web := newSlice("web", "10.1.0.1", "10.1.0.2", "10.1.0.3")
+		web.Endpoints[0].NodeName, web.Endpoints[1].NodeName = new(thisNode), new(thisNode)
+		nft.failNext(1)
+		r.sync(assigned, web)
+		synctest.Wait()
+		if got := r.check("web"); got.Port != 0 {
+			t.Errorf("answers %+v before the kernel holds the Service", got)
+		}
+		pause(time.Second)
+		if got := r.check("web"); got.Port != 32000 || got.Endpoints != 2 || len(got.Addresses) != 1 {
+			t.Errorf("answers %+v, want 2 endpoints at port 32000 of the node's address", got)
+		}
+		web.Endpoints[1].Conditions = discoveryv1.EndpointConditions{Ready: new(false), Serving: new(true), Terminating: new(true)}
+		r.put(web)
+		pause(time.Second)
+		if got := r.check("web"); got.Endpoints != 1 {
+			t.Errorf("answers %+v, want 1 endpoint: the other terminates", got)
+		}
+		r.remove(assigned)
+		pause(time.Second)
+		if got := r.check("web"); got.Port != 0 {
+			t.Errorf("answers %+v after the Service is gone", got)
+		}
+	})
 }

@@ -35,6 +35,9 @@ type Assignment struct {
 	Affinity                     time.Duration
 	InternalLocal, ExternalLocal bool
 
+	// HealthCheckNodePort is where load balancers ask for endpoints on this node, 0 for nowhere.
+	HealthCheckNodePort uint16
+
 	// NodeSelector is nil if all nodes are selected.
 	NodeSelector      labels.Selector
 	NodePortAddresses NodePortAddresses
@@ -72,6 +75,11 @@ func ParseAssignment(in *v1alpha1.ServiceAssignment) (*Assignment, []Problem) {
 	var ok bool
 	if out.Scheduler, ok = schedulers[spec.Scheduler]; !ok {
 		bad.add("spec.scheduler", string(spec.Scheduler), "not a scheduler of this agent; Random is used instead")
+	}
+	if p := spec.HealthCheckNodePort; p < 0 || p > 65535 {
+		bad.add("spec.healthCheckNodePort", fmt.Sprint(p), "must be from 1 to 65535, or absent")
+	} else if out.ExternalLocal {
+		out.HealthCheckNodePort = uint16(p)
 	}
 	out.parsePorts(spec.Ports, &bad)
 	out.parseAddresses(spec, &bad)
