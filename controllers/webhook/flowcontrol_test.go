@@ -125,11 +125,11 @@ var _ = Describe("The priority level of the controller", func() {
 		Expect(err).NotTo(HaveOccurred())
 		for documents := utilyaml.NewYAMLOrJSONDecoder(bytes.NewReader(text), 4096); ; {
 			object := &unstructured.Unstructured{}
-			if err := documents.Decode(&object.Object); errors.Is(err, io.EOF) {
+			err := documents.Decode(&object.Object)
+			if errors.Is(err, io.EOF) {
 				break
-			} else {
-				Expect(err).NotTo(HaveOccurred())
 			}
+			Expect(err).NotTo(HaveOccurred())
 			Expect(k8s.Create(ctx, object)).To(Succeed())
 		}
 		Eventually(func(g Gomega) { // and the API server has sorted its requests by it

@@ -79,7 +79,8 @@ func (r *certificateReconciler) setup(mgr ctrl.Manager, namespace string) error 
 	return ctrl.NewControllerManagedBy(mgr).Named("webhook-certificate").
 		For(&corev1.Secret{}). // the cache has no other
 		WatchesRawSource(once(the)).
-		WithOptions(controller.Options{NeedLeaderElection: new(false)}). // whoever sees first that it is time renews
+		// Whoever sees first that it is time renews.
+		WithOptions(controller.Options{NeedLeaderElection: new(false), RateLimiter: retrySoon()}).
 		Complete(r)
 }
 
@@ -91,12 +92,18 @@ func (r *configurationReconciler) setup(mgr ctrl.Manager) error {
 	c := ctrl.NewControllerManagedBy(mgr).Named("webhook-configuration").
 		For(&admissionregistrationv1.MutatingWebhookConfiguration{}). // the cache has no other
 		Watches(&v1alpha1.ServiceProxyPolicy{}, same, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		WatchesRawSource(once(the))
+		WatchesRawSource(once(the)).
+		WithOptions(controller.Options{RateLimiter: retrySoon()})
 	if r.serving != nil {
 		ours := predicate.NewPredicateFuncs(func(o client.Object) bool { return o.GetName() == r.to.namespace })
 		c = c.Watches(&corev1.Secret{}, same).Watches(&corev1.Namespace{}, same, builder.WithPredicates(ours))
 	}
 	return c.Complete(r)
+}
+
+// retrySoon bounds how long to wait after an error: Services are refused or pass as they please meanwhile.
+func retrySoon() workqueue.TypedRateLimiter[reconcile.Request] {
+	return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 5*time.Second)
 }
 
 // once has a request reconciled at the start, for what does not exist yet.
