@@ -10,6 +10,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
@@ -26,6 +27,9 @@ func SetupWithManager(mgr ctrl.Manager, options Options) error {
 	}
 	if err := mgr.AddReadyzCheck("ledger", l.ready); err != nil {
 		return fmt.Errorf("register the readiness check of the ledger: %w", err)
+	}
+	if err := collectFrom(l, metrics.Registry); err != nil {
+		return err
 	}
 	services := &serviceReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: mgr.GetEventRecorder("serviceproxy-controller"), options: options}
 	if err := services.setup(mgr); err != nil {
