@@ -508,6 +508,10 @@ func (l *ledger) release(ctx context.Context, c client.Client, live client.Reade
 	return nil
 }
 
+// portRest is how long a node port rests at least. The API server frees it only after its Service is deleted or changed, and nothing shows when: whoever is given it
+// in between is refused.
+const portRest = 2 * time.Second
+
 func release(ctx context.Context, c client.Client, live client.Reader, claim *v1alpha1.AllocationClaim, rest time.Duration) error {
 	if !isOurs(claim.Labels) {
 		return nil
@@ -528,6 +532,9 @@ func release(ctx context.Context, c client.Client, live client.Reader, claim *v1
 				return fmt.Errorf("delete reservation %s: %w", ip.Name, err)
 			}
 		}
+	}
+	if claim.Spec.NodePort != 0 {
+		rest = max(rest, portRest)
 	}
 	if rest <= 0 {
 		if err := client.IgnoreNotFound(c.Delete(ctx, claim, exactly(claim))); err != nil {
