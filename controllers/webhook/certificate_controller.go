@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -16,6 +17,7 @@ import (
 type certificateReconciler struct {
 	client   client.Client
 	served   *Certificate
+	expiry   prometheus.Gauge
 	rotation rotation
 }
 
@@ -45,7 +47,7 @@ func (r *certificateReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 	wanted.Namespace, wanted.Name = req.Namespace, req.Name
 	s, damage := decode(wanted, now)
 	if s.serves(now) {
-		r.served.use(s)
+		r.serve(s)
 	}
 	s, done, again, err := r.rotation.next(s, now)
 	if err != nil {
@@ -67,9 +69,14 @@ func (r *certificateReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 		} else {
 			log.Info("Renewed the webhook's certificate")
 		}
-		r.served.use(s)
+		r.serve(s)
 	}
 	return ctrl.Result{RequeueAfter: min(max(again.Sub(now), conflictRetry), lookAgain)}, nil
+}
+
+func (r *certificateReconciler) serve(s state) {
+	r.served.use(s)
+	r.expiry.Set(float64(s.serving.NotAfter.Unix()))
 }
 
 func sameSecret(a, b *corev1.Secret) bool {

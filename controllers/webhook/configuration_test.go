@@ -15,6 +15,7 @@ import (
 	eventsv1 "k8s.io/api/events/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 )
@@ -376,6 +377,10 @@ var _ = Describe("The certificate", func() {
 		c, _ := o.start()
 		Eventually(func() error { return c.ready(time.Now()) }).Should(Succeed())
 		Expect(secretOf(o).Type).To(Equal(corev1.SecretTypeTLS))
+		families, err := metrics.Registry.Gather()
+		Expect(err).NotTo(HaveOccurred())
+		Expect(families).To(ContainElement(And(HaveField("GetName()", "serviceproxy_webhook_certificate_expiry_timestamp_seconds"),
+			HaveField("GetMetric()", ConsistOf(HaveField("GetGauge().GetValue()", BeNumerically("~", time.Now().Add(servingLife).Unix(), 60)))))))
 	})
 
 	It("is rotated with its authority while Services are created under Strict, and none of them fails", func() {

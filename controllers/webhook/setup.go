@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/source"
@@ -62,7 +63,11 @@ func SetupWithManager(mgr ctrl.Manager, o Options) error {
 		if err := mgr.AddReadyzCheck("webhook", configuration.serving); err != nil {
 			return fmt.Errorf("register the readiness check of the webhook: %w", err)
 		}
-		certificate := &certificateReconciler{client: mgr.GetClient(), served: o.Certificate,
+		expiry, err := newExpiry(metrics.Registry)
+		if err != nil {
+			return err
+		}
+		certificate := &certificateReconciler{client: mgr.GetClient(), served: o.Certificate, expiry: expiry,
 			rotation: rotation{names: to.names(), grace: cmp.Or(o.Grace, time.Minute)}}
 		if err := certificate.setup(mgr, o.Namespace); err != nil {
 			return fmt.Errorf("set up the reconciler of the webhook's certificate: %w", err)
