@@ -71,7 +71,7 @@ type outcome struct {
 	mu       sync.Mutex
 	made     []*corev1.Service
 	refused  []error // the API server would not give what admission chose. The client tried again.
-	unserved int     // 500: no replica answered, and the policy is Strict. The client tried again.
+	unserved int     // no replica answered, or none could reach the API server, and the policy is Strict. The client tried again.
 	failed   []error // anything else, which the client took for an answer
 	slowest  time.Duration
 }
@@ -91,7 +91,7 @@ func (o *outcome) note(svc *corev1.Service, took time.Duration, err error) (agai
 	case apierrors.IsInvalid(err), alreadyAllocated.MatchString(err.Error()): // for a health-check node port it is a 500
 		o.refused = append(o.refused, err)
 		return true
-	case apierrors.IsInternalError(err) && strings.Contains(err.Error(), "failed calling webhook"):
+	case apierrors.IsServiceUnavailable(err), apierrors.IsInternalError(err) && strings.Contains(err.Error(), "failed calling webhook"):
 		o.unserved++
 		return true
 	default:
