@@ -163,6 +163,14 @@ var _ = Describe("the waiting list", func() {
 		Expect(err).NotTo(HaveOccurred())
 		l.served(next.NamespacedName)
 		Expect(q.Len()).To(BeZero())
+
+		By("what was taken and has not been shown for long is forgotten")
+		l.sweep(time.Now().Add(-time.Minute))
+		Expect(q.Len()).To(BeZero())
+		l.sweep(time.Now().Add(time.Second))
+		Expect(q.Len()).To(Equal(1))
+		next, _ = q.Get()
+		Expect(next.Name).To(Equal("last"))
 	})
 })
 

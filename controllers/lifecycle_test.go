@@ -245,6 +245,20 @@ var _ = Describe("records that were lost", func() {
 		}),
 	)
 
+	It("because somebody deleted them come back as they were", func() {
+		startManager(quick, nil)
+		t := newTenant()
+		p := t.policy("", ranges(t.v4))
+		Eventually(policyCondition(p, v1alpha1.PolicyRangesReady)).Should(HavePrefix("True"))
+		inside, older := t.service("inside", at(t.address(3))), t.service("older", nil)
+		t.allocated(inside)
+		had := additionalIPs(t.allocated(older))
+		Expect(k8s.DeleteAllOf(ctx, &v1alpha1.AllocationClaim{}, client.MatchingLabels{v1alpha1.LabelPolicy: p.Name})).To(Succeed())
+		Eventually(holderAndState(allocator.AddrLock(t.address(3)))).Should(Equal("inside Bound"))
+		Eventually(holderAndState(allocator.AddrLock(had[0]))).Should(Equal("older Bound"))
+		Consistently(func() any { return additionalIPs(t.assignment("older")) }).Should(Equal(had))
+	})
+
 	It("of an additional address that another Service has by now are not: the loser gets a fresh one", func() {
 		t := newTenant()
 		t.policy("", ranges(t.v4))

@@ -164,6 +164,7 @@ var _ = Describe("a policy that selects everything", func() {
 			return k8s.Get(ctx, client.ObjectKey{Namespace: "default", Name: "kubernetes"}, &a) == nil && a.Spec.PolicyName == p.Name
 		}
 		Eventually(covered).Should(BeTrue())
+		Eventually(policyCondition(p, v1alpha1.PolicyAccepted)).Should(HavePrefix("True")) // it has its finalizer
 		Expect(k8s.Delete(ctx, p)).To(Succeed())
 		Eventually(policyCondition(p, v1alpha1.PolicyReady)).Should(And(HavePrefix("False DeletionWaits"), ContainSubstring("default/kubernetes"), ContainSubstring("narrow")))
 		updatePolicy(p, func(s *v1alpha1.ServiceProxyPolicySpec) {
