@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/test/relay"
 )
 
 const all = entryAll + " Ignore"
@@ -301,6 +302,42 @@ var _ = Describe("Without an operator", func() {
 		began := time.Now()
 		Expect(k8s.Create(ctx, newService(best, "new"))).To(Succeed())
 		Expect(time.Since(began)).To(And(BeNumerically(">", 2*time.Second), BeNumerically("<", 5*time.Second)))
+	})
+})
+
+var _ = Describe("With two replicas of which one falls silent", func() {
+	It("an API server soon asks the other", func() {
+		o := newOperator()
+		addresses := []string{freeAddress(), freeAddress()}
+		front, err := relay.New(addresses...)
+		Expect(err).NotTo(HaveOccurred())
+		DeferCleanup(front.Close)
+		o.address = front.Address()
+		for _, address := range addresses {
+			o.startAt(restConfig, address, true)
+		}
+		strict := tenant("silent")
+		makePolicy("silent", strict, v1alpha1.EnforcementStrict)
+		Eventually(entryNames).Should(HavePrefix("silent" + entryStrict))
+		o.enforced(strict)
+		// As if its readiness probe had noticed at once. What is connected already stays so.
+		for i := range 2 {
+			asked := front.Target(i).Carried()
+			front.Target(i).SetReady(true)
+			front.Target(1 - i).SetReady(false)
+			front.Target(1 - i).Hold()
+			failed := 0
+			Eventually(func() error {
+				err := k8s.Create(ctx, newService(strict, fmt.Sprintf("s%d-%d", i, failed)))
+				if err != nil {
+					failed++
+				}
+				return err
+			}).WithTimeout(40 * time.Second).Should(Succeed())
+			Expect(failed).To(BeNumerically("<=", 2), "more than the requests that wait on the connections of two entries")
+			GinkgoWriter.Printf("%d creates failed, %d connections to the other replica\n", failed, front.Target(i).Carried()-asked)
+			front.Target(1 - i).Resume()
+		}
 	})
 })
 
