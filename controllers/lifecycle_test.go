@@ -183,6 +183,36 @@ var _ = Describe("what admission reserved", func() {
 	})
 })
 
+var _ = Describe("an address that rests", func() {
+	It("and that a Service of no policy asks for by name is foreign from then on, and no longer rests", func() {
+		startManager(quick, nil)
+		t := newTenant()
+		p := t.policy("", func(s *v1alpha1.ServiceProxyPolicySpec) {
+			ranges(t.v4)(s)
+			s.ServiceSelector = metav1.LabelSelector{MatchLabels: map[string]string{"tier": "gold"}}
+			s.Reuse.Quarantine = &metav1.Duration{Duration: time.Hour}
+		})
+		Eventually(policyCondition(p, v1alpha1.PolicyRangesReady)).Should(HavePrefix("True"))
+		lock := allocator.AddrLock(t.address(60))
+		svc := t.service("web", func(s *corev1.Service) {
+			at(t.address(60))(s)
+			s.Labels = map[string]string{"tier": "gold"}
+		})
+		t.allocated(svc)
+		Expect(k8s.Delete(ctx, svc)).To(Succeed())
+		Eventually(holderAndState(lock)).Should(Equal("web Released"))
+		Eventually(rangeStatus(p, t.v4)).Should(And(HaveField("Quarantined", int64(1)), HaveField("Foreign", int64(0))))
+		t.service("stray", at(t.address(60)))
+		foreign := And(HaveField("Quarantined", int64(0)), HaveField("Foreign", int64(1)), HaveField("Allocated", int64(1)), HaveField("Free", int64(253)))
+		Eventually(rangeStatus(p, t.v4)).Should(foreign)
+		claim := claimOn(lock)
+		claim.Spec.ExpiresAt = &metav1.Time{Time: time.Now()}
+		Expect(k8s.Update(ctx, claim)).To(Succeed())
+		Eventually(holderAndState(lock)).Should(BeEmpty())
+		Consistently(rangeStatus(p, t.v4)).Should(foreign)
+	})
+})
+
 var _ = Describe("records that were lost", func() {
 	It("are rebuilt from the Services alone, before anything is given to others", func() {
 		t := newTenant()

@@ -346,7 +346,7 @@ func (m *model) count(p *Policy, in func(Lock) bool) (c Counts) {
 		h, held := m.holds[l]
 		switch {
 		case !in(l) || !held && !m.taken[l]:
-		case !held:
+		case !held, h.State == v1alpha1.ClaimReleased && m.taken[l]:
 			c.Foreign++
 		case h.State == v1alpha1.ClaimReleased:
 			c.Quarantined++

@@ -16,7 +16,7 @@ type class uint8
 const (
 	free        class = iota
 	allocated         // a claim of the pool's policy holds it
-	quarantined       // a released claim rests on it
+	quarantined       // a released claim rests on it, and nobody has it
 	foreign           // held by a Service that the pool's policy does not cover
 )
 

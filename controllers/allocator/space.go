@@ -452,7 +452,7 @@ func (p *pool) classify(o occupant) class {
 	switch {
 	case o.hold == nil && !o.taken:
 		return free
-	case o.hold == nil:
+	case o.hold == nil, o.hold.State == v1alpha1.ClaimReleased && o.taken: // who asks for it by name need not let it rest
 		return foreign
 	case o.hold.State == v1alpha1.ClaimReleased:
 		return quarantined
