@@ -276,7 +276,7 @@ var _ = Describe("a range that the API server refuses", func() {
 })
 
 var _ = Describe("LoadBalancer ranges", func() {
-	It("are counted, never registered, and nothing is given out of them", func() {
+	It("are counted, never registered, and give nothing to a Service of another class", func() {
 		startManager(quick, nil)
 		t := newTenant()
 		p := t.policy("", func(s *v1alpha1.ServiceProxyPolicySpec) {

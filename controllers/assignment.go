@@ -12,10 +12,10 @@ import (
 // defaultAffinitySeconds is the API server's default for sessionAffinityConfig.clientIP.timeoutSeconds.
 const defaultAffinitySeconds = 10800
 
-// compileAssignment says what agents must know of a Service that a policy covers and to which additional addresses were given. It is pure. Addresses
+// compileAssignment says what agents must know of a Service that a policy covers and to which additional addresses and VIPs were given. It is pure. Addresses
 // are in canonical form whatever form the Service has them in (10.0.0.01 and ::ffff:10.0.0.1 are valid in old objects), and what is no
 // address at all is left out: agents could not use it.
-func compileAssignment(svc *corev1.Service, policy *v1alpha1.ServiceProxyPolicy, additional []netip.Addr) v1alpha1.ServiceAssignmentSpec {
+func compileAssignment(svc *corev1.Service, policy *v1alpha1.ServiceProxyPolicy, additional, vips []netip.Addr) v1alpha1.ServiceAssignmentSpec {
 	s := &svc.Spec
 	out := v1alpha1.ServiceAssignmentSpec{
 		PolicyName:            policy.Name,
@@ -67,16 +67,23 @@ func compileAssignment(svc *corev1.Service, policy *v1alpha1.ServiceProxyPolicy,
 		}
 	}
 	if s.Type == corev1.ServiceTypeLoadBalancer {
-		out.LoadBalancerIPs = loadBalancerIPs(svc)
+		out.LoadBalancerIPs = loadBalancerIPs(svc, vips)
 		out.LoadBalancerSourceRanges = canonicalPrefixes(s.LoadBalancerSourceRanges)
 	}
 	return out
 }
 
-// loadBalancerIPs are the load-balancer addresses that nodes forward: those with ipMode VIP, which is also what an absent ipMode means. With
-// ipMode Proxy traffic must pass the load balancer, so nodes leave the address alone.
-func loadBalancerIPs(svc *corev1.Service) []string {
+// loadBalancerIPs are the load-balancer addresses that nodes forward. A Service of our class has vips, whatever its status says: that follows. For any other class
+// they are those of its status with ipMode VIP, which is also what an absent ipMode means. With ipMode Proxy traffic must pass the load balancer, so
+// nodes leave the address alone.
+func loadBalancerIPs(svc *corev1.Service, vips []netip.Addr) []string {
 	var ips []string
+	if wantsVIPs(svc) {
+		for _, a := range vips {
+			ips = append(ips, a.String())
+		}
+		return ips
+	}
 	for _, in := range svc.Status.LoadBalancer.Ingress {
 		if in.IP != "" && (in.IPMode == nil || *in.IPMode == corev1.LoadBalancerIPModeVIP) {
 			ips = append(ips, in.IP)

@@ -23,6 +23,7 @@ func TestCompileAssignment(t *testing.T) {
 		svc        service
 		policy     policy
 		additional []string
+		vips       []string
 		want       want
 	}{
 		{name: "plain ClusterIP Service", want: func(*v1alpha1.ServiceAssignmentSpec) {}},
@@ -86,6 +87,15 @@ func TestCompileAssignment(t *testing.T) {
 				a.LoadBalancerSourceRanges = []string{"10.0.0.0/8", "fd00::/64"}
 				a.ExternalIPs = []string{"203.0.113.10"}
 			}},
+		{name: "VIPs of our class, whatever the status says",
+			svc: func(s *corev1.Service) {
+				s.Spec.Type, s.Spec.LoadBalancerClass = corev1.ServiceTypeLoadBalancer, ptr.To(v1alpha1.LoadBalancerClass)
+				s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "198.51.100.1"}}
+			},
+			vips: []string{"198.51.100.2", "2001:db8::2"},
+			want: func(a *v1alpha1.ServiceAssignmentSpec) {
+				a.LoadBalancerIPs = []string{"198.51.100.2", "2001:db8::2"}
+			}},
 		{name: "what is left of a load balancer does not count for a ClusterIP Service",
 			svc: func(s *corev1.Service) {
 				s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "198.51.100.1"}}
@@ -110,12 +120,15 @@ func TestCompileAssignment(t *testing.T) {
 				tt.policy(policy)
 			}
 			tt.want(&want)
-			var additional []netip.Addr
+			var additional, vips []netip.Addr
 			for _, a := range tt.additional {
 				additional = append(additional, netip.MustParseAddr(a))
 			}
+			for _, a := range tt.vips {
+				vips = append(vips, netip.MustParseAddr(a))
+			}
 			before := svc.DeepCopy()
-			if diff := cmp.Diff(want, compileAssignment(svc, policy, additional)); diff != "" {
+			if diff := cmp.Diff(want, compileAssignment(svc, policy, additional, vips)); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 			if !equality.Semantic.DeepEqual(before, svc) {

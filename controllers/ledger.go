@@ -87,12 +87,12 @@ type ledger struct {
 	claims      map[allocator.Lock]*v1alpha1.AllocationClaim // as the informer has them: read only
 	pending     map[allocator.Lock]pending
 	steered     steered
-	services    map[types.NamespacedName][]allocator.Lock // every Service and its node ports
+	services    map[types.NamespacedName][]allocator.Lock // every Service, its node ports, and the VIPs in its status
 	assignments map[types.NamespacedName]assignmentEntry
 	tallies     map[string]*tally
-	waiting     map[string]*waitlist // Services that wait for an address, by policy
+	waiting     map[need]*waitlist // Services that wait for an address
 	unsettled   unsettled
-	woken       map[types.NamespacedName][]string            // what Services were taken off waiting lists for, until they ask again or need nothing
+	woken       map[types.NamespacedName][]need              // what Services were taken off waiting lists for, until they ask again or need nothing
 	reserved    map[types.NamespacedName]map[netip.Addr]bool // what IPAddresses of ours keep for a Service
 
 	resolved  []*allocator.Policy
@@ -117,9 +117,9 @@ func newLedger(options Options) *ledger {
 		services:    map[types.NamespacedName][]allocator.Lock{},
 		assignments: map[types.NamespacedName]assignmentEntry{},
 		tallies:     map[string]*tally{},
-		waiting:     map[string]*waitlist{},
+		waiting:     map[need]*waitlist{},
 		unsettled:   unsettled{by: map[types.NamespacedName]owing{}, counts: map[string]int{}},
-		woken:       map[types.NamespacedName][]string{},
+		woken:       map[types.NamespacedName][]need{},
 		reserved:    map[types.NamespacedName]map[netip.Addr]bool{},
 	}
 }
@@ -209,6 +209,22 @@ func (l *ledger) epoch() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.unsettled.epoch
+}
+
+// need is what a Service waits for: any address of a policy's ranges of one family and use, or, if lock is set, that very address.
+type need struct {
+	policy string
+	family v1alpha1.IPFamily
+	use    v1alpha1.RangeUse
+	lock   allocator.Lock
+}
+
+func needOf(r allocator.Request) need {
+	n := need{policy: r.Policy, family: r.Family, use: v1alpha1.RangeUseClusterIP}
+	if r.Use == v1alpha1.ClaimUseLoadBalancerIP {
+		n.use = v1alpha1.RangeUseLoadBalancer
+	}
+	return n
 }
 
 // waitlist is a queue of distinct Services, first come, first served.
@@ -407,16 +423,16 @@ func (l *ledger) restFor(policy string) time.Duration {
 }
 
 // grant proposes a lock and keeps it from being proposed again until the claim is seen or abandon is called. If there is none now, the holder joins
-// the policy's waiting list in the same moment, so that no release in between is missed.
+// the waiting list in the same moment, so that no release in between is missed.
 func (l *ledger) grant(r allocator.Request) (allocator.Grant, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
 	l.refresh(now)
 	g, err := l.propose(r, now)
-	l.asked(r.Policy, serviceKey(r.Holder))
+	l.asked(needOf(r), serviceKey(r.Holder))
 	if isShortage(err) {
-		l.wait(r.Policy, serviceKey(r.Holder))
+		l.wait(needOf(r), serviceKey(r.Holder))
 	}
 	return g, err
 }
@@ -529,17 +545,17 @@ func (l *ledger) claim(lock allocator.Lock) *v1alpha1.AllocationClaim {
 	return l.claims[lock]
 }
 
-// wait puts a Service on the policy's waiting list: it is reconciled when something is released. Callers hold mu.
-func (l *ledger) wait(policy string, key types.NamespacedName) {
-	if l.waiting[policy] == nil {
-		l.waiting[policy] = &waitlist{in: map[types.NamespacedName]bool{}}
+// wait puts a Service on a waiting list: it is reconciled when something that it needs is released. Callers hold mu.
+func (l *ledger) wait(n need, key types.NamespacedName) {
+	if l.waiting[n] == nil {
+		l.waiting[n] = &waitlist{in: map[types.NamespacedName]bool{}}
 	}
-	l.waiting[policy].add(key)
+	l.waiting[n].add(key)
 }
 
 // asked says that a Service has asked for what it may have been woken for. Callers hold mu.
-func (l *ledger) asked(policy string, key types.NamespacedName) {
-	if left := slices.DeleteFunc(l.woken[key], func(p string) bool { return p == policy }); len(left) > 0 {
+func (l *ledger) asked(n need, key types.NamespacedName) {
+	if left := slices.DeleteFunc(l.woken[key], func(w need) bool { return w == n }); len(left) > 0 {
 		l.woken[key] = left
 	} else {
 		delete(l.woken, key)
@@ -551,40 +567,58 @@ func (l *ledger) asked(policy string, key types.NamespacedName) {
 func (l *ledger) served(key types.NamespacedName) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, w := range l.waiting {
-		w.remove(key)
+	for n, w := range l.waiting {
+		if w.remove(key); len(w.order) == 0 {
+			delete(l.waiting, n)
+		}
 	}
 	passed := l.woken[key]
 	delete(l.woken, key)
-	for _, policy := range passed {
-		l.wakeFirst(policy)
+	for _, n := range passed {
+		if n.lock != (allocator.Lock{}) {
+			l.wake(n.lock)
+		} else {
+			l.wakeFirst(n)
+		}
 	}
 }
 
-// wake reconciles the Service that has waited longest for each policy that declares the lock. Callers hold mu.
+// wake reconciles the Service that has waited longest for this very lock, or if there is none, for each policy that declares it. Callers hold mu.
 func (l *ledger) wake(lock allocator.Lock) {
+	if l.wakeFirst(need{lock: lock}) || lock.IsPort() {
+		return
+	}
 	for policy := range l.space.PoliciesOf(lock) {
-		l.wakeFirst(policy)
+		if e := l.policies[policy]; e != nil && e.parsed != nil {
+			if r := e.parsed.RangeOf(lock.Addr); r != nil {
+				l.wakeFirst(need{policy: policy, family: familyOf(lock.Addr), use: r.Use})
+			}
+		}
 	}
 }
 
-// wakeFirst reconciles the Service that has waited longest for a policy, and says whether there was one. Callers hold mu.
-func (l *ledger) wakeFirst(policy string) bool {
-	w := l.waiting[policy]
+// wakeFirst reconciles the Service that has waited longest, and says whether there was one. Callers hold mu.
+func (l *ledger) wakeFirst(n need) bool {
+	w := l.waiting[n]
 	if w == nil || l.serviceQueue == nil {
 		return false
 	}
 	key, ok := w.pop()
 	if ok {
-		l.woken[key] = append(l.woken[key], policy)
+		l.woken[key] = append(l.woken[key], n)
 		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+	} else {
+		delete(l.waiting, n)
 	}
 	return ok
 }
 
+// wakeAll reconciles all that wait for a policy. Callers hold mu.
 func (l *ledger) wakeAll(policy string) {
-	for l.wakeFirst(policy) {
-		continue
+	for n := range l.waiting {
+		for n.policy == policy && l.wakeFirst(n) {
+			continue
+		}
 	}
 }
 

@@ -225,6 +225,9 @@ func (l *ledger) onClaim(before, after *v1alpha1.AllocationClaim) {
 	} else {
 		l.claims[lock] = after
 		l.space.Hold(lock, allocator.HoldOf(after))
+		if after.Spec.State == v1alpha1.ClaimReleased {
+			l.wakeFirst(need{lock: lock}) // who asks for this very address does not wait until it has rested
+		}
 	}
 	l.touch(named.Spec.PolicyName)
 	for policy := range l.space.PoliciesOf(lock) {
@@ -300,7 +303,7 @@ func (l *ledger) noteReservation(ip *networkingv1.IPAddress, exists bool) {
 	l.reserved[key][addr] = true
 }
 
-// onService follows node ports: Kubernetes has no object for them, a Service that has one is the API server's lock.
+// onService follows node ports and VIPs that users can see: Kubernetes has no object for either, a Service that has one is the proof.
 func (l *ledger) onService(before, after *corev1.Service) {
 	named := before
 	if after != nil {
@@ -316,6 +319,9 @@ func (l *ledger) onService(before, after *corev1.Service) {
 		l.unsettled.remove(key)
 	} else {
 		now = nodePorts(after)
+		for _, vip := range shownVIPs(after) {
+			now = append(now, allocator.AddrLock(vip))
+		}
 		l.services[key] = now
 		if before == nil {
 			l.unsettled.set(key, owing{})
@@ -383,10 +389,8 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 }
 
 func assignmentEntryOf(a *v1alpha1.ServiceAssignment) assignmentEntry {
-	e := assignmentEntry{policy: a.Spec.PolicyName, generation: a.Generation, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated)}
-	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentProgrammed); c != nil && c.ObservedGeneration == a.Generation {
-		e.programmed = c.Status == "True" || c.Reason == v1alpha1.ReasonNoReadyEndpoints && a.Status.Nodes.Programmed >= a.Status.Nodes.Desired
-	}
+	e := assignmentEntry{policy: a.Spec.PolicyName, generation: a.Generation, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated),
+		programmed: onEveryNode(a)}
 	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated); c != nil {
 		e.exhausted = c.Status == "False" && c.Reason == reasonExhausted
 	}

@@ -474,6 +474,12 @@ func (r *serviceReconciler) surplus(ctx context.Context, from client.Reader, key
 			for _, addr := range additionalOf(svc, policy.Name, held, assignment) {
 				keep[allocator.AddrLock(addr)] = true
 			}
+			for _, addr := range vipsOf(svc, policy.Name, held, assignment) {
+				keep[allocator.AddrLock(addr)] = true
+			}
+		}
+		for _, addr := range append(shownVIPs(svc), assignedVIPs(svc, assignment)...) {
+			keep[allocator.AddrLock(addr)] = true
 		}
 		if assignment != nil && assignment.Spec.ServiceUID == svc.UID && isOurs(assignment.Labels) {
 			// Agents still forward these; the next reconcile takes them out of the assignment first.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -52,6 +53,7 @@ type serviceReconciler struct {
 }
 
 // +kubebuilder:rbac:groups="",resources=services;namespaces;nodes,verbs=get;list;watch
+// +kubebuilder:rbac:groups="",resources=services/status,verbs=patch
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 // +kubebuilder:rbac:groups=networking.k8s.io,resources=ipaddresses,verbs=get;list;watch;create;delete
 // +kubebuilder:rbac:groups=networking.serviceproxy.io,resources=serviceassignments,verbs=get;list;watch;create;update;delete
@@ -64,8 +66,10 @@ type serviceReconciler struct {
 
 func (r *serviceReconciler) setup(mgr ctrl.Manager) error {
 	r.warner = newWarner(r.recorder, r.ledger)
-	// What others write into an assignment's status is none of this reconciler's business, or every Programmed would cost a reconcile.
-	changed := predicate.Or[client.Object](predicate.GenerationChangedPredicate{}, predicate.Not[client.Object](predicate.ResourceVersionChangedPredicate{}))
+	// What others write into an assignment's status is none of this reconciler's business, or every Programmed would cost a reconcile:
+	// only that of a Service with VIPs does.
+	changed := predicate.Or[client.Object](predicate.GenerationChangedPredicate{}, predicate.Not[client.Object](predicate.ResourceVersionChangedPredicate{}),
+		predicate.Funcs{UpdateFunc: r.newlyOnEveryNode})
 	return ctrl.NewControllerManagedBy(mgr).Named("service").
 		For(&corev1.Service{}).
 		Watches(&v1alpha1.ServiceAssignment{}, &handler.EnqueueRequestForObject{}, builder.WithPredicates(changed)). // it has its Service's name
@@ -118,8 +122,16 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	assignment, err = r.assign(ctx, svc, assignment, compileAssignment(svc, spec, additional))
+	vips, short, err := r.allocateVIPs(ctx, svc, policy, assignment)
 	if err != nil {
+		return ctrl.Result{}, err
+	}
+	shortage = errors.Join(shortage, short)
+	assignment, err = r.assign(ctx, svc, assignment, compileAssignment(svc, spec, additional, vips.forwarded))
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	if err := r.showVIPs(ctx, svc, assignment, vips); err != nil {
 		return ctrl.Result{}, err
 	}
 	if err := r.releaseSurplus(ctx, req.NamespacedName); err != nil {
@@ -146,7 +158,7 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 // moment: every Service of a new policy is in that state, and every agent would be told twice. The assignment itself does not wait, because traffic
 // to the ClusterIP works without the additional address.
 func (r *serviceReconciler) unreported(a *v1alpha1.ServiceAssignment, shortage error) time.Duration {
-	if shortage == nil || errors.Is(shortage, allocator.ErrExhausted) || apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated) != nil {
+	if !errors.Is(shortage, allocator.ErrNotUsable) || errors.Is(shortage, allocator.ErrExhausted) || apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated) != nil {
 		return 0
 	}
 	return 5*r.options.RangeGrace - time.Since(a.CreationTimestamp.Time)
@@ -215,11 +227,15 @@ func (r *serviceReconciler) assign(ctx context.Context, svc *corev1.Service, hav
 func (r *serviceReconciler) report(ctx context.Context, svc *corev1.Service, a *v1alpha1.ServiceAssignment, policy *allocator.Policy, shortage error) error {
 	want := metav1.Condition{Type: v1alpha1.AssignmentAllocated, Status: metav1.ConditionTrue, ObservedGeneration: a.Generation, Reason: reasonAllocated,
 		Message: "the Service has every address that policy " + policy.Name + " owes it"}
+	var refused *refusal
 	switch {
-	case errors.Is(shortage, allocator.ErrExhausted):
-		want.Status, want.Reason, want.Message = metav1.ConditionFalse, reasonExhausted, shortage.Error()
 	case shortage != nil:
-		want.Status, want.Reason, want.Message = metav1.ConditionFalse, reasonRangeNotReady, shortage.Error()
+		want.Status, want.Reason, want.Message = metav1.ConditionFalse, reasonRangeNotReady, strings.ReplaceAll(shortage.Error(), "\n", "; ")
+		if errors.Is(shortage, allocator.ErrExhausted) {
+			want.Reason = reasonExhausted
+		} else if errors.As(shortage, &refused) {
+			want.Reason = refused.reason
+		}
 	case len(policy.Ranges) == 0:
 		want.Reason, want.Message = reasonNothingOwed, "policy "+policy.Name+" declares no ranges: the Service keeps the addresses that the API server gave it"
 	}
@@ -235,9 +251,12 @@ func (r *serviceReconciler) report(ctx context.Context, svc *corev1.Service, a *
 	if err := r.applyAllocated(ctx, a, want); err != nil {
 		return client.IgnoreNotFound(err) // deleted meanwhile
 	}
-	if want.Reason == reasonExhausted && (have == nil || have.Reason != reasonExhausted) {
+	switch {
+	case want.Reason == reasonExhausted && (have == nil || have.Reason != reasonExhausted):
 		r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, reasonExhausted, "Allocate", "%s; the Service keeps %v and gets an address of the policy as soon as one is released",
-			shortage, clusterIPs(svc))
+			want.Message, clusterIPs(svc))
+	case refused != nil && (have == nil || have.Reason != want.Reason || have.Message != want.Message):
+		r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, want.Reason, "Allocate", "%s", want.Message)
 	}
 	return nil
 }
@@ -268,6 +287,11 @@ func (r *serviceReconciler) letGo(ctx context.Context, key types.NamespacedName,
 	found, err := get(ctx, r.client, key, &assignment)
 	if err != nil {
 		return err
+	}
+	if svc != nil {
+		if err := r.showVIPs(ctx, svc, nil, vips{}); err != nil {
+			return err
+		}
 	}
 	if found && isOurs(assignment.Labels) {
 		if svc == nil {

@@ -51,10 +51,12 @@ const (
 	// AnnotationSingleStack is put at admission on a Service that preferred two families and got one. Its value is the reason, for people.
 	AnnotationSingleStack = "networking.serviceproxy.io/single-stack-reason"
 
-	// LoadBalancerClass is the spec.loadBalancerClass of Services that get an address from ranges with use LoadBalancer.
+	// LoadBalancerClass is the spec.loadBalancerClass of Services that get an address of each of their families from ranges with use LoadBalancer. The status.loadBalancer of
+	// such a Service is the controller's; that of any other Service is never touched.
 	LoadBalancerClass = "networking.serviceproxy.io/vip"
 
 	// AnnotationLoadBalancerIPs asks for particular addresses of ranges with use LoadBalancer: at most one of each family, separated by a comma.
+	// It wins over the deprecated spec.loadBalancerIP, which is understood too.
 	AnnotationLoadBalancerIPs = "networking.serviceproxy.io/load-balancer-ips"
 
 	// FinalizerPolicy holds a ServiceProxyPolicy while allocations from its ranges exist.

@@ -94,7 +94,8 @@ type ServiceAssignmentSpec struct {
 	// +kubebuilder:validation:items:XValidation:rule="isIP(self) && ip.isCanonical(self)",message="must be an IP address in canonical form"
 	ExternalIPs []string `json:"externalIPs,omitempty"`
 
-	// loadBalancerIPs are the addresses of the Service's load balancer that nodes forward (ipMode VIP).
+	// loadBalancerIPs are the addresses of the Service's load balancer that nodes forward (ipMode VIP): those that this controller gave, or for a
+	// Service of another load-balancer class those in its status.
 	// +optional
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=256

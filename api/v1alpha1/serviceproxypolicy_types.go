@@ -11,8 +11,7 @@ type RangeUse string
 const (
 	// RangeUseClusterIP ranges are registered with the API server as ServiceCIDRs and hold service IPs.
 	RangeUseClusterIP RangeUse = "ClusterIP"
-	// RangeUseLoadBalancer ranges are never registered as ServiceCIDRs and are meant for the addresses of load balancers.
-	// Nothing is given out of them yet.
+	// RangeUseLoadBalancer ranges are never registered as ServiceCIDRs. Services of class LoadBalancerClass get their addresses from them.
 	RangeUseLoadBalancer RangeUse = "LoadBalancer"
 )
 
@@ -70,7 +69,9 @@ type ServiceRange struct {
 	CIDR string `json:"cidr"`
 
 	// use says what the addresses are for. ClusterIP ranges are registered with the API server as ServiceCIDRs.
-	// LoadBalancer ranges are not: they are counted and kept from other policies, but nothing is given out of them yet. Immutable for as long as the range is part of the policy.
+	// LoadBalancer ranges are not: Services of type LoadBalancer with loadBalancerClass networking.serviceproxy.io/vip get one address of each of their families from them, and
+	// show it once every node forwards it. Routing these addresses to the nodes is not part of this: nothing announces them by ARP, NDP or BGP. Immutable for as long as the
+	// range is part of the policy.
 	// +optional
 	// +default="ClusterIP"
 	Use RangeUse `json:"use,omitempty"`
