@@ -107,20 +107,18 @@ func (a admissionLedger) Families() []v1alpha1.IPFamily {
 
 // families are those of the API server's default ServiceCIDR, or if somebody deleted that, of all that no policy made. Callers hold mu.
 func (l *ledger) families() (out []v1alpha1.IPFamily) {
-	seen := map[v1alpha1.IPFamily]bool{}
-	for _, name := range l.cidrNames() {
-		if l.cidrs[name].ours {
-			continue
-		}
-		for _, p := range l.cidrs[name].prefixes {
-			if family := familyOf(p.Addr()); !seen[family] {
-				seen[family] = true
+	add := func(c registration) {
+		for _, p := range c.prefixes {
+			if family := familyOf(p.Addr()); !c.ours && !slices.Contains(out, family) {
 				out = append(out, family)
 			}
 		}
-		if name == defaultServiceCIDR {
-			break
-		}
+	}
+	if add(l.cidrs[defaultServiceCIDR]); len(out) > 0 {
+		return out
+	}
+	for _, name := range l.cidrNames() {
+		add(l.cidrs[name])
 	}
 	return out
 }

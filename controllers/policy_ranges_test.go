@@ -14,7 +14,9 @@ var _ = Describe("a nodePortRange", func() {
 	It("that the API server does not have shows in the policy's status, once it can be known", func() {
 		stop := startManager(quick, nil) // it has no namespace to find anything out in
 		t := newTenant()
-		p := t.policy("", func(s *v1alpha1.ServiceProxyPolicySpec) { s.NodePortRange = &v1alpha1.NodePortRange{Start: 32700, End: 32899} })
+		p := t.policy("", func(s *v1alpha1.ServiceProxyPolicySpec) {
+			s.NodePortRange = &v1alpha1.NodePortRange{Start: 32700, End: 32899}
+		})
 		Eventually(policyCondition(p, v1alpha1.PolicyRangesReady)).Should(HavePrefix("True"))
 		Expect(p.Status.NodePorts).To(Equal(&v1alpha1.NodePortStatus{Total: 200, Free: 200}))
 		stop()

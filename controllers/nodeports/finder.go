@@ -94,7 +94,7 @@ func (f *Finder) look(ctx context.Context) time.Duration {
 	// It goes on meanwhile with what it knows. One line, as long as it fails for the same reason.
 	if complaint := "not found: " + string(apierrors.ReasonForError(err)); complaint != f.complaint {
 		f.complaint = complaint
-		f.Log.Info("The API server's range of node ports cannot be found out, so policies' nodePortRanges are not checked against it", "namespace", f.Namespace, "because", err.Error())
+		f.Log.Info("The API server's range of node ports cannot be found out, so policies' nodePortRanges are not checked against it, and Services that no policy covers get node ports from all of it", "namespace", f.Namespace, "because", err.Error())
 	}
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return again // until somebody grants the right, or makes the namespace

@@ -41,7 +41,7 @@ func isInUse(refusal error) bool {
 
 // causes are those of a refusal that are about a node port.
 func causes(err error) []metav1.StatusCause {
-	status, ok := err.(apierrors.APIStatus) //nolint:errorlint // a wrapped one is not the API server's answer to the probe
+	status, ok := err.(apierrors.APIStatus) // a wrapped one is not the API server's answer to the probe
 	if !ok || !apierrors.IsInvalid(err) || status.Status().Details == nil {
 		return nil
 	}
