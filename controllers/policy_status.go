@@ -35,6 +35,9 @@ func policyStatus(policy *v1alpha1.ServiceProxyPolicy, v policyView, drained []d
 		}
 	}
 	for _, d := range drained {
+		if slices.ContainsFunc(out.ServiceRanges, func(s v1alpha1.ServiceRangeStatus) bool { return s.CIDR == d.prefix.String() }) {
+			continue // a policy that is being deleted still declares it
+		}
 		out.ServiceRanges = append(out.ServiceRanges, v1alpha1.ServiceRangeStatus{CIDR: d.prefix.String(), ServiceCIDR: d.serviceCIDR,
 			Foreign: int64(d.foreign), AddressCounts: v1alpha1.AddressCounts{Allocated: int64(d.claims)}})
 	}

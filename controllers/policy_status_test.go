@@ -1,12 +1,14 @@
 package controllers
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
 )
 
 func TestProgrammedSaysHowManyAreMissing(t *testing.T) {
@@ -23,5 +25,19 @@ func TestDeletionSaysWhatLetsItEnd(t *testing.T) {
 	c := apimeta.FindStatusCondition(status.Conditions, v1alpha1.PolicyReady)
 	if c == nil || c.Reason != reasonDeletionWaits || !strings.Contains(c.Message, "narrow the policy's selectors") {
 		t.Errorf("got %+v", c)
+	}
+}
+
+// The API server refuses a status that lists one range twice.
+func TestEachRangeIsListedOnce(t *testing.T) {
+	kept, gone := netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("10.2.0.0/24")
+	view := policyView{terminating: true, resolved: &allocator.Policy{Ranges: []allocator.Range{{Prefix: kept, Use: v1alpha1.RangeUseClusterIP}}}}
+	status := policyStatus(&v1alpha1.ServiceProxyPolicy{}, view, []drainedRange{{prefix: kept, foreign: 1}, {prefix: gone, claims: 1}})
+	var listed []string
+	for _, r := range status.ServiceRanges {
+		listed = append(listed, r.CIDR)
+	}
+	if strings.Join(listed, " ") != "10.1.0.0/24 10.2.0.0/24" {
+		t.Errorf("lists %q", listed)
 	}
 }
