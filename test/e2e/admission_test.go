@@ -254,6 +254,8 @@ var _ = Describe("admission", Ordered, func() {
 			err := k8s.Create(ctx, svc)
 			return svc.Spec.ClusterIP, err
 		}).Should(WithTransform(func(ip string) bool { return open.v4.Contains(netip.MustParseAddr(ip)) }, BeTrue()), "it is asked again")
+		// What kube-apiserver chose may lie in the other one's range, whose policy would wait for it.
+		Expect(k8s.DeleteAllOf(ctx, &corev1.Service{}, client.InNamespace(open.name))).To(Succeed())
 	})
 
 	It("reclaims what a killed controller had reserved for nobody", func() {
