@@ -40,13 +40,18 @@ func (v *validator) reject(list, summary, message string) {
 // maxExpression bounds the length of the generated lists and maps. The API server takes no expression of more than 100 000 code points.
 const maxExpression = 50_000
 
-// chunks splits a list so that the texts of each part are not longer than maxExpression together, if they are not one by one. There is always one chunk.
-func chunks(texts []string) [][]string {
+// maxConditions bounds how many conditions are in one expression, because the type checker's work grows with the square of the operators in it. The
+// literals of a table cost it nothing.
+const maxConditions = 10
+
+// chunks splits a list into parts of at most so many texts, that are not longer than maxExpression together, if they are not one by one. There is always
+// one chunk.
+func chunks(texts []string, most int) [][]string {
 	out := [][]string{nil}
 	size := 0
 	for _, t := range texts {
 		last := len(out) - 1
-		if size += len(t) + len(", "); size > maxExpression && len(out[last]) > 0 {
+		if size += len(t) + len(", "); len(out[last]) > 0 && (len(out[last]) == most || size > maxExpression) {
 			out, size, last = append(out, nil), len(t), last+1
 		}
 		out[last] = append(out[last], t)
@@ -59,7 +64,7 @@ type table []string
 
 // table declares a map; entries are CEL, "key: value".
 func (v *validator) table(name string, entries []string) (t table) {
-	for i, chunk := range chunks(entries) {
+	for i, chunk := range chunks(entries, len(entries)) {
 		t = append(t, "variables."+name+strconv.Itoa(i))
 		v.let(name+strconv.Itoa(i), "{%s}", strings.Join(chunk, ", "))
 	}
@@ -152,7 +157,7 @@ func (v *validator) declareCovering(b *book) {
 	v.let("coverable", "object.spec.?type.orValue('') != 'ExternalName' && object.spec.?clusterIP.orValue('') != 'None'"+
 		" && (variables.handedOver || !(%s in variables.labels))", quote(allocator.LabelServiceProxyName))
 	before, first := "-1", 0
-	for i, chunk := range chunks(b.covers) {
+	for i, chunk := range chunks(b.covers, maxConditions) {
 		name := "covering" + strconv.Itoa(i)
 		v.let(name, "%[1]s >= 0 || !variables.coverable ? %[1]s : [[%[2]s].indexOf(true)].map(i, i < 0 ? i : i + %[3]d)[0]", before, strings.Join(chunk, ", "), first)
 		before, first = "variables."+name, first+len(chunk)
