@@ -46,12 +46,13 @@ func (e *reservedError) Error() string {
 // claimAll claims whatever the steps of the request are to get claimed, all at once, and leaves in each step what came of it. It says whether a Service of
 // the request's name exists already, which only a read past the cache can tell.
 func (r *request) claimAll(ctx context.Context) (exists bool) {
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
-	defer cancel()
 	var wg sync.WaitGroup
 	claiming := false
 	for i := range r.steps {
 		s := &r.steps[i]
+		if s.found {
+			continue
+		}
 		switch s.source {
 		case fromPolicy:
 			wg.Go(func() { s.err = r.take(ctx, s) })
@@ -145,10 +146,6 @@ func (r *request) clear(ctx context.Context, lock allocator.Lock) error {
 // this very Service. It fails with a *reservedError while it is being given to another.
 func (r *request) record(ctx context.Context, s *step) error {
 	hold := r.hold(s.want)
-	if have := r.ledger.Claim(s.named); have != nil && r.isOurs(have, r.token) {
-		s.lock, s.claim, s.found = s.named, have, true
-		return nil
-	}
 	r.ledger.Taking(s.named, hold)
 	claim, err := r.recordLive(ctx, s, hold)
 	if claim == nil || err != nil {

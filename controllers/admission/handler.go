@@ -74,7 +74,7 @@ func (h *Handler) answer(ctx context.Context, req webhook.Request) (string, webh
 	}
 	r.holder = allocator.Holder{Namespace: r.svc.Namespace, Name: r.svc.Name}
 	if r.old != nil {
-		r.holder.UID = string(r.old.UID)
+		r.svc.UID, r.holder.UID = r.old.UID, string(r.old.UID) // a PUT need not say which it is
 	}
 	outcome, denied := r.serve(ctx)
 	if denied != nil {

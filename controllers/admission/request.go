@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -56,17 +57,24 @@ func (r *request) serve(ctx context.Context) (string, *metav1.Status) {
 	for i := range r.steps {
 		s := &r.steps[i]
 		s.route = routeOf(s.want, r.policy, r.ledger.Owner)
-		if s.denial != "" {
-			return outcomeDenied, deny(http.StatusForbidden, "%s", s.denial)
+		if s.denial != "" && denied == nil {
+			denied = deny(http.StatusForbidden, "%s", s.denial)
 		}
 	}
 	if r.dryRun {
 		r.tell()
 		r.steps = nil
-		return outcomeUnchanged, nil
+		return r.outcome(denied), denied
 	}
-	r.identify(ctx)
-	if r.claimAll(ctx) {
+	// undo has time of its own.
+	claiming, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	r.identify(claiming)
+	if denied != nil {
+		r.undo(ctx) // what it got when it came by before
+		return outcomeDenied, denied
+	}
+	if r.claimAll(claiming) {
 		r.undo(ctx)
 		r.steps = nil
 		return outcomeUnchanged, nil // the API server answers that it exists
@@ -110,28 +118,38 @@ func (r *request) prepare(ctx context.Context) (bool, *metav1.Status) {
 	return true, nil
 }
 
-// identify gives the request its token: the one it came with if that is of a claim reserved for this very request, a new one otherwise.
+// identify gives the request its token: the one it came with if that is of a claim reserved for this very request, a new one otherwise. It finds the claims that the
+// request got when it came by before.
 func (r *request) identify(ctx context.Context) {
 	r.token = rand.Text()
 	stamped := r.strangeToken()
 	if stamped == "" {
 		return
 	}
-	for _, s := range r.steps {
-		if s.source != recorded {
-			continue
+	var wg sync.WaitGroup
+	for i := range r.steps {
+		if s := &r.steps[i]; s.isNamed() {
+			wg.Go(func() { r.recall(ctx, s, stamped) })
 		}
-		have := r.ledger.Claim(s.named)
-		if have == nil {
-			have = &v1alpha1.AllocationClaim{}
-			if err := r.live.Get(ctx, client.ObjectKey{Name: s.named.Name()}, have); err != nil {
-				continue
-			}
+	}
+	wg.Wait()
+	if slices.ContainsFunc(r.steps, func(s step) bool { return s.found }) {
+		r.token, r.again = stamped, true
+	}
+}
+
+// recall finds the claim on what is named if it was made for this request. A claim in the cache is as good as one that is read: only this request made one with
+// its token.
+func (r *request) recall(ctx context.Context, s *step, token string) {
+	have := r.ledger.Claim(s.named)
+	if have == nil {
+		have = &v1alpha1.AllocationClaim{}
+		if err := r.live.Get(ctx, client.ObjectKey{Name: s.named.Name()}, have); err != nil {
+			return // if it is there, recording it finds it
 		}
-		if r.isOurs(have, stamped) {
-			r.token, r.again = stamped, true
-			return
-		}
+	}
+	if r.isOurs(have, token) {
+		s.lock, s.claim, s.found = s.named, have, true
 	}
 }
 
