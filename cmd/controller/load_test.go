@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	. "github.com/onsi/gomega"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -110,6 +111,9 @@ func (r *race) create(svc *corev1.Service, out *outcome) {
 		if !out.note(attempt, time.Since(start), err) {
 			return
 		}
+		if alreadyAllocated.MatchString(err.Error()) && (svc.Spec.ClusterIP != "" || svc.Spec.Ports[0].NodePort != 0) {
+			return // no use: the client wants this one and no other
+		}
 	}
 	out.note(svc, 0, errors.New("not made in "+strconv.Itoa(attempts)+" attempts"))
 }
@@ -164,17 +168,33 @@ var alreadyAllocated = regexp.MustCompile(`(?:failed to allocate IP (\S+): |node
 
 // spurious are the refusals that nothing explains. What explains one is a Service that got the address or port without the webhook: no replica can know of such a
 // Service before it is there, so that it may be too late for a choice that was made just before.
-func spurious(refused []error, bypassed []*corev1.Service) (out []string) {
+func (r *race) spurious(refused []error, bypassed []*corev1.Service) (out []string) {
+	r.Helper()
+	var services corev1.ServiceList
+	if len(refused) > 0 {
+		r.Expect(r.server.Client.List(r.ctx, &services)).To(Succeed())
+	}
 	for _, err := range refused {
 		m := alreadyAllocated.FindStringSubmatch(err.Error())
-		explained := m != nil && slices.ContainsFunc(bypassed, func(svc *corev1.Service) bool {
+		if m == nil {
+			out = append(out, err.Error())
+			continue
+		}
+		has := func(svc *corev1.Service) bool {
 			port := m[2] + m[3]
 			return slices.Contains(svc.Spec.ClusterIPs, m[1]) || strconv.Itoa(int(svc.Spec.HealthCheckNodePort)) == port ||
 				slices.ContainsFunc(svc.Spec.Ports, func(p corev1.ServicePort) bool { return strconv.Itoa(int(p.NodePort)) == port })
-		})
-		if !explained {
-			out = append(out, err.Error())
 		}
+		if slices.ContainsFunc(bypassed, has) {
+			continue
+		}
+		holder := "nobody has it now"
+		for i := range services.Items {
+			if svc := &services.Items[i]; has(svc) {
+				holder = fmt.Sprintf("%s/%s has it, made %s", svc.Namespace, svc.Name, svc.CreationTimestamp.UTC().Format(time.TimeOnly))
+			}
+		}
+		out = append(out, err.Error()+" ("+holder+")")
 	}
 	return out
 }
