@@ -2,6 +2,7 @@ package enforcement
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -174,18 +175,32 @@ func (v *validator) declareNew() {
 	v.let("newPorts", "("+held+").filter(p, !(p in variables.oldPorts))", "object")
 }
 
+// What foreign looks at in one Service. The API server bounds what an expression may cost, and lets a request pass whose foreign check costs more: nobody
+// must get there by sending much.
+const (
+	// maxManagers is how many entries of managedFields are read. If there are more, the request counts as asking.
+	maxManagers = 30
+	// maxPorts is how many ports a Service may have that changes its node ports.
+	maxPorts = 300
+)
+
 // declareAsked declares those of the new ones that the request itself asked for: askedIPs and askedPorts. managedFields tell: they list what a request set,
 // and neither what a webhook added nor what the API server allocated. Without any the request counts as asking.
 func (v *validator) declareAsked() {
 	v.let("managers", "dyn(object).metadata.?managedFields.orValue([])")
-	v.let("asks", "variables.managers.map(m, m[?'fieldsV1'][?'f:spec'].orValue({}))")
-	v.let("tracked", "variables.managers.size() > 0")
+	v.let("tracked", "variables.managers.size() > 0 && variables.managers.size() <= %d", maxManagers)
+	v.let("asks", "!variables.tracked ? [] : variables.managers.map(m, m[?'fieldsV1'][?'f:spec'].orValue({}))")
 	v.let("askedIPs", "variables.newIPs.filter(a, !variables.tracked || variables.asks.exists(s, 'f:clusterIPs' in s"+
 		" || ('f:clusterIP' in s && a == object.spec.?clusterIP.orValue(''))))")
-	v.let("askedPorts", "variables.newPorts.filter(n, !variables.tracked || variables.asks.exists(s,"+
-		" ('f:healthCheckNodePort' in s && n == object.spec.?healthCheckNodePort.orValue(0))"+
-		" || object.spec.?ports.orValue([]).exists(p, p.?nodePort.orValue(0) == n"+
-		` && s[?'f:ports'][?('k:{"port":' + string(p.port) + ',"protocol":"' + p.protocol + '"}')][?'f:nodePort'].hasValue())))`)
+	v.let("tooMany", "object.spec.?ports.orValue([]).size() > %[1]d || oldObject != null && oldObject.spec.?ports.orValue([]).size() > %[1]d", maxPorts)
+	v.let("askedPorts", "variables.tooMany ? [] : ((variables.tracked && !variables.asks.exists(s, 'f:healthCheckNodePort' in s) ? []"+
+		" : [int(object.spec.?healthCheckNodePort.orValue(0))])"+
+		" + object.spec.?ports.orValue([]).filter(p, has(p.nodePort) && (!variables.tracked || variables.asks.exists(s,"+
+		` s[?'f:ports'][?('k:{"port":' + string(p.port) + ',"protocol":"' + p.protocol + '"}')][?'f:nodePort'].hasValue()))).map(p, int(p.nodePort))`+
+		").filter(n, !(n in variables.oldPorts))")
+	v.let("crowd", "!variables.tooMany || object.spec.?ports.orValue([]).all(p, p.?nodePort.orValue(0) == 0) || oldObject != null &&"+
+		" object.spec.?ports.orValue([]).map(p, p.?nodePort.orValue(0)) == oldObject.spec.?ports.orValue([]).map(p, p.?nodePort.orValue(0))"+
+		" ? [] : [object.spec.?ports.orValue([]).size()]")
 }
 
 // locateIPs declares "located": for each address of a list a list of the address and, if a policy has it, its range. An address that is not
@@ -195,15 +210,24 @@ func (v *validator) locateIPs(list string, b *book, ranges table) {
 		list, quoteAll(b.lengths(true)), quoteAll(b.lengths(false)), ranges.has("c"))
 }
 
+// portsPerBucket is how many neighbouring ports are looked up together.
+const portsPerBucket = 64
+
 // locatePorts declares "locatedPorts": for each port of a list a list of triples (first, last, policy): the port itself, then the ranges that hold it. The
-// first of them has it.
+// first of them has it. The ranges are in buckets, so that it does not matter how many there are.
 func (v *validator) locatePorts(list string, b *book) {
-	ranges := make([]string, len(b.ports))
-	for i, r := range b.ports {
-		ranges[i] = fmt.Sprintf("[%d, %d, %d]", r.First, r.Last, r.policy)
+	buckets := map[int][]string{}
+	for _, r := range b.ports {
+		for i := int(r.First) / portsPerBucket; i <= int(r.Last)/portsPerBucket; i++ {
+			buckets[i] = append(buckets[i], fmt.Sprintf("[%d, %d, %d]", r.First, r.Last, r.policy))
+		}
 	}
-	v.let("ports", "[%s]", strings.Join(ranges, ", "))
-	v.let("locatedPorts", "variables.%s.map(n, [[n, n, -1]] + variables.ports.filter(r, r[0] <= n && n <= r[1]))", list)
+	var entries []string
+	for _, i := range slices.Sorted(maps.Keys(buckets)) {
+		entries = append(entries, fmt.Sprintf("%d: [%s]", i, strings.Join(buckets[i], ", ")))
+	}
+	ports, bucket := v.table("ports", entries), fmt.Sprintf("n / %d", portsPerBucket)
+	v.let("locatedPorts", "variables.%s.map(n, [[n, n, -1]] + (!%s ? [] : %s.filter(r, r[0] <= n && n <= r[1])))", list, ports.has(bucket), ports.get(bucket))
 }
 
 // portField is CEL for the path of the field that holds the port.
@@ -317,6 +341,8 @@ func (b *book) foreign() *validator {
 	}
 	if len(b.ports) > 0 {
 		const bad = "variables.badPorts[0]"
+		v.reject("crowd", "a Service changes its node ports and has too many to tell whose they are",
+			fmt.Sprintf("'spec.ports: a Service with node ports has at most %d ports, and not ' + string(variables.crowd[0])", maxPorts))
 		v.locatePorts("askedPorts", b)
 		v.let("badPorts", "variables.locatedPorts.filter(l, l.size() > 1 && l[1][2] != %s)", covering)
 		v.reject("badPorts", "a node port that was asked for belongs to a policy that does not cover this Service",

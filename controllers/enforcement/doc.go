@@ -10,5 +10,5 @@
 //
 // Both judge only what a request adds, so whatever a Service holds stays valid: its deletion, its finalizers, its labels and every update that
 // allocates nothing always pass. What the API server itself picked for a Service that no Strict policy covers passes too, wherever it lies: it is
-// recorded as foreign. See docs/adr/0013-strict-by-admission-policy.md.
+// recorded as foreign. See docs/adr/0014-strict-by-admission-policy.md.
 package enforcement

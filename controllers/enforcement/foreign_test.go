@@ -37,6 +37,13 @@ func object(namespace string, spec string, managed ...any) *unstructured.Unstruc
 	return u
 }
 
+// forget takes the node ports out of a Service.
+func forget(s *corev1.Service) {
+	for i := range s.Spec.Ports {
+		s.Spec.Ports[i].NodePort = 0
+	}
+}
+
 // kubectl runs kubectl with a manifest on its standard input.
 func kubectl(manifest any, args ...string) (string, error) {
 	GinkgoHelper()
@@ -190,6 +197,52 @@ var _ = Describe("An address or node port of another policy", func() {
 			Expect(unstructured.SetNestedSlice(u.Object, []any{map[string]any{"port": int64(80), "nodePort": int64(30600)}}, "spec", "ports")).To(Succeed())
 			Expect(k8s.Update(ctx, u)).To(MatchError(ContainSubstring("30600 lies in")))
 		}
+	})
+
+	It("cannot be had by sending so much that nobody can judge it", func() {
+		enforce(policy("tenant-a", withPorts(30100, 30149, bestEffort("10.96.60.0/24"))))
+		ns := newNamespace("")
+		many := func(n int, more ...int32) func(*corev1.Service) {
+			return func(s *corev1.Service) {
+				nodePorts(append(make([]int32, n), more...)...)(s)
+				for i := range n {
+					s.Spec.Ports[i].NodePort = int32(31000 + i)
+				}
+			}
+		}
+		refused(service(ns, many(maxPorts-1, 30149)), "spec.ports[299].nodePort: 30149 lies in 30100-30149, the node ports of policy tenant-a")
+		refused(service(ns, many(maxPorts, 30149)), "spec.ports: a Service with node ports has at most 300 ports, and not 301")
+		svc := create(service(ns, many(maxPorts)))
+		refuseUpdate(svc, func(s *corev1.Service) { many(maxPorts-1, 30149)(s) }, "spec.ports[299].nodePort: 30149")
+		refuseUpdate(svc, func(s *corev1.Service) { many(maxPorts, 30149)(s) }, "and not 301")
+		update(svc, func(s *corev1.Service) { s.Spec.SessionAffinity = corev1.ServiceAffinityClientIP })
+		Expect(k8s.Delete(ctx, svc)).To(Succeed())
+		create(service(ns, func(s *corev1.Service) { many(maxPorts + 1)(s); s.Spec.Type = corev1.ServiceTypeClusterIP; forget(s) }))
+
+		managers := make([]any, 3000)
+		for i := range managers {
+			managers[i] = map[string]any{"manager": fmt.Sprintf("m%d", i), "operation": "Apply", "apiVersion": "v1", "fieldsType": "FieldsV1",
+				"fieldsV1": map[string]any{"f:spec": map[string]any{"f:type": map[string]any{}}}}
+		}
+		crowded := object(ns, "{type: NodePort, ports: [{port: 80, nodePort: 30149}]}", managers...)
+		Expect(k8s.Create(ctx, crowded)).To(MatchError(ContainSubstring("30149 lies in")))
+		crowded = object(ns, "{clusterIP: 10.96.60.1, ports: [{port: 80}]}", managers...)
+		Expect(k8s.Create(ctx, crowded)).To(MatchError(ContainSubstring("10.96.60.1 lies in")))
+		refused(service(ns, func(s *corev1.Service) { // the most that is read
+			many(maxPorts-1, 30149)(s)
+			for i := range maxManagers - 1 {
+				s.ManagedFields = append(s.ManagedFields, metav1.ManagedFieldsEntry{Manager: fmt.Sprint(i), Operation: metav1.ManagedFieldsOperationApply, APIVersion: "v1",
+					FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:spec":{"f:ports":{"k:{\"port\":1,\"protocol\":\"TCP\"}":{"f:nodePort":{}}}}}`)}})
+			}
+		}), "spec.ports[299].nodePort: 30149 lies in")
+		labelled := service(ns, func(s *corev1.Service) {
+			ips("10.96.60.1")(s)
+			s.Labels = map[string]string{}
+			for i := range 10000 {
+				s.Labels[fmt.Sprintf("l%d", i)] = "x"
+			}
+		})
+		refused(labelled, "10.96.60.1 lies in")
 	})
 
 	It("is nobody's request if a webhook filled it in", func() {
