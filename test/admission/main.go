@@ -22,6 +22,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/go-logr/logr"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+
 	"github.com/serviceproxy/serviceproxy-operator/test/kubeapi"
 )
 
@@ -41,6 +44,7 @@ func main() {
 	flag.StringVar(&o.controller, "controller", "bin/serviceproxy-controller", "the controller to measure")
 	flag.StringVar(&o.log, "log", "", "file for the controller's log (default: shown only if something fails)")
 	flag.Parse()
+	log.SetLogger(logr.Discard()) // of what is used here, which else complains that it has none
 	if err := run(o); err != nil {
 		fmt.Fprintln(os.Stderr, "admission:", err)
 		os.Exit(1)
