@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
+	"testing"
 	"time"
 
 	. "github.com/onsi/ginkgo/v2"
@@ -16,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
@@ -298,7 +301,7 @@ var _ = Describe("a Service of our load-balancer class", func() {
 		for ip, name := range had {
 			Expect(t.vipClaims()).To(HaveKeyWithValue(ip, name))
 		}
-		for _, svc := range append(services, fresh...) {
+		for _, svc := range slices.Concat(services, fresh) {
 			Eventually(t.forwarded(svc.Name)).Should(HaveLen(1), svc.Name)
 			Expect(t.vipClaims()).To(HaveKeyWithValue(t.forwarded(svc.Name)()[0], svc.Name))
 		}
@@ -368,5 +371,34 @@ func warnings(svc *corev1.Service) func() []string {
 			}
 		}
 		return out
+	}
+}
+
+// Every Programmed of an ordinary Service would cost a reconcile.
+func TestOnlyWithVIPsProgrammedCostsAReconcile(t *testing.T) {
+	l := newLedger(Options{}.withDefaults())
+	vip := netip.MustParseAddr("192.0.2.1")
+	l.space.Hold(allocator.AddrLock(vip), allocator.Hold{Policy: "p", Use: v1alpha1.ClaimUseLoadBalancerIP, State: v1alpha1.ClaimBound, Holder: allocator.Holder{Namespace: "n", Name: "web", UID: "1"}})
+	r := &serviceReconciler{ledger: l}
+	assignment := func(status metav1.ConditionStatus, ips ...string) *v1alpha1.ServiceAssignment {
+		a := &v1alpha1.ServiceAssignment{ObjectMeta: metav1.ObjectMeta{Generation: 2}, Spec: v1alpha1.ServiceAssignmentSpec{LoadBalancerIPs: ips}}
+		a.Status.Conditions = []metav1.Condition{{Type: v1alpha1.AssignmentProgrammed, Status: status, ObservedGeneration: 2}}
+		return a
+	}
+	old := assignment("True", vip.String())
+	old.Generation = 3 // which no node is known to hold
+	for name, tt := range map[string]struct {
+		before, after *v1alpha1.ServiceAssignment
+		want          bool
+	}{
+		"a VIP of ours":                  {assignment("False", vip.String()), assignment("True", vip.String()), true},
+		"no load balancer":               {assignment("False"), assignment("True"), false},
+		"another's load balancer":        {assignment("False", "198.51.100.1"), assignment("True", "198.51.100.1"), false},
+		"programmed before":              {assignment("True", vip.String()), assignment("True", vip.String()), false},
+		"only an earlier generation was": {assignment("False", vip.String()), old, false},
+	} {
+		if got := r.newlyOnEveryNode(event.UpdateEvent{ObjectOld: tt.before, ObjectNew: tt.after}); got != tt.want {
+			t.Errorf("%s: %v, want %v", name, got, tt.want)
+		}
 	}
 }
