@@ -423,7 +423,7 @@ var _ = Describe("A Service that no policy covers", func() {
 			t.ports = allocator.PortRange{First: 31700, Last: 32767}
 			s.NodePortRange = &v1alpha1.NodePortRange{Start: 31700, End: 32767}
 		})
-		DeferCleanup(func() { Expect(k8s.Delete(ctx, t.policy)).To(Succeed()) })
+		DeferCleanup(t.forgetPolicy)
 		other := newNamespace()
 		var wg sync.WaitGroup
 		svcs, errs := make([]*corev1.Service, 100), make([]error, 100)

@@ -210,6 +210,15 @@ func newTenant(change func(*tenant, *v1alpha1.ServiceProxyPolicySpec)) *tenant {
 	return t
 }
 
+// forgetPolicy deletes the tenant's policy: what it declared may be given to others again.
+func (t *tenant) forgetPolicy() {
+	Expect(k8s.Delete(ctx, t.policy)).To(Succeed())
+	declaredPorts = slices.DeleteFunc(declaredPorts, func(r allocator.PortRange) bool { return r == t.ports })
+	for _, r := range t.policy.Spec.ServiceRanges {
+		declaredRanges = slices.DeleteFunc(declaredRanges, func(p netip.Prefix) bool { return p.String() == r.CIDR })
+	}
+}
+
 // newNamespace is a tenant without a policy.
 func newNamespace() *tenant {
 	GinkgoHelper()
