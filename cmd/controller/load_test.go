@@ -72,7 +72,7 @@ type outcome struct {
 	mu       sync.Mutex
 	made     []*corev1.Service
 	refused  []error // the API server would not give what admission chose. The client tried again.
-	unserved int     // no replica answered, or none could reach the API server, and the policy is Strict. The client tried again.
+	unserved int     // nobody answered in time, or no replica could reach the API server, and the policy is Strict. The client tried again.
 	failed   []error // anything else, which the client took for an answer
 	slowest  time.Duration
 }
@@ -92,7 +92,7 @@ func (o *outcome) note(svc *corev1.Service, took time.Duration, err error) (agai
 	case apierrors.IsInvalid(err), alreadyAllocated.MatchString(err.Error()): // for a health-check node port it is a 500
 		o.refused = append(o.refused, err)
 		return true
-	case apierrors.IsServiceUnavailable(err), apierrors.IsInternalError(err) && strings.Contains(err.Error(), "failed calling webhook"):
+	case apierrors.IsServiceUnavailable(err), apierrors.IsTimeout(err), apierrors.IsInternalError(err) && strings.Contains(err.Error(), "failed calling webhook"):
 		o.unserved++
 		return true
 	default:
@@ -104,10 +104,15 @@ func (o *outcome) note(svc *corev1.Service, took time.Duration, err error) (agai
 // create makes a Service, as a client does that tries again when that may help.
 func (r *race) create(svc *corev1.Service, out *outcome) {
 	const attempts = 30
+	timedOut := false
 	for range attempts {
 		attempt := svc.DeepCopy()
 		start := time.Now()
 		err := r.server.Client.Create(r.ctx, attempt)
+		if timedOut && apierrors.IsAlreadyExists(err) { // it was made after all
+			err = r.server.Client.Get(r.ctx, client.ObjectKeyFromObject(svc), attempt)
+		}
+		timedOut = timedOut || apierrors.IsTimeout(err)
 		if !out.note(attempt, time.Since(start), err) {
 			return
 		}
