@@ -14,7 +14,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
 )
 
-// The oracle is the allocator. Every policy is Strict and declares an address that nobody asks for, so a refusal tells who covers the Service.
+// The oracle is the allocator. Every policy is Strict and declares addresses that nobody asks for, so a refusal tells who covers the Service.
 var _ = Describe("The policy that covers a Service", func() {
 	It("is the allocator's choice, for random policies, namespaces and labels", func() {
 		seed := uint64(GinkgoRandomSeed())
@@ -67,7 +67,7 @@ var _ = Describe("The policy that covers a Service", func() {
 		allocator.SortByPrecedence(parsed)
 		enforce(policies...)
 
-		seen := map[string]int{}
+		seen, asked := map[string]int{}, 0
 		for range 6 {
 			nsLabels := randomLabels()
 			ns := newNamespace("", nsLabels...)
@@ -76,7 +76,8 @@ var _ = Describe("The policy that covers a Service", func() {
 				set[nsLabels[i]] = nsLabels[i+1]
 			}
 			for range 40 {
-				svc := service(ns, nil)
+				asked++
+				svc := service(ns, ips(fmt.Sprintf("10.96.%d.%d", 240+asked/200, 1+asked%200)))
 				if l := randomLabels(); len(l) > 0 {
 					svc.Labels = map[string]string{}
 					for i := 0; i < len(l); i += 2 {
@@ -87,7 +88,7 @@ var _ = Describe("The policy that covers a Service", func() {
 					}
 				}
 				if r.IntN(12) == 0 {
-					svc.Spec.ClusterIP = corev1.ClusterIPNone
+					ips(corev1.ClusterIPNone)(svc)
 				}
 				want := "nobody"
 				if p := allocator.Select(parsed, svc, set, ""); p != nil {

@@ -65,7 +65,7 @@ var _ = Describe("A Service that a Strict policy covers", func() {
 		held := create(service(ns, func(s *corev1.Service) { s.Finalizers = []string{"test.io/hold"} }))
 		doomed := create(service(ns, func(s *corev1.Service) { s.Finalizers = []string{"test.io/hold"} }))
 		enforce(policy("strict-later", withPorts(30100, 30149, strict("10.96.32.0/24"))))
-		refused(service(ns, nil), "policy strict-later (Strict)")
+		refused(service(ns, ips("10.96.4.1")), "policy strict-later (Strict)")
 
 		By("labels, finalizers, ports, status, deletion")
 		update(old, func(s *corev1.Service) { s.Labels = map[string]string{"a": "b"} })
@@ -98,7 +98,7 @@ var _ = Describe("A Service that a Strict policy covers", func() {
 
 	It("may not come to be covered with a new address", func() {
 		enforce(policy("strict-moving", func(s *v1alpha1.ServiceProxyPolicySpec) {
-			strict("10.96.33.0/24", "fd00:96::2000/116")(s)
+			strict("10.96.33.0/24", "fd00:96::2000/124")(s)
 			s.ServiceSelector.MatchLabels = map[string]string{"covered": "yes"}
 		}))
 		ns := newNamespace("strict-moving")
@@ -112,7 +112,7 @@ var _ = Describe("A Service that a Strict policy covers", func() {
 			s.Spec = corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "example.com"}
 		}))
 		refuseUpdate(external, func(s *corev1.Service) {
-			s.Spec = corev1.ServiceSpec{Type: corev1.ServiceTypeClusterIP, Ports: []corev1.ServicePort{{Port: 80}}}
+			s.Spec = corev1.ServiceSpec{Type: corev1.ServiceTypeClusterIP, ClusterIP: "10.96.4.6", Ports: []corev1.ServicePort{{Port: 80}}}
 		}, "policy strict-moving (Strict)")
 	})
 
@@ -122,7 +122,7 @@ var _ = Describe("A Service that a Strict policy covers", func() {
 			s.NamespaceSelector.MatchLabels = nil
 		}))
 		ns := newNamespace("")
-		refused(service(ns, nil), "policy strict-all (Strict)")
+		refused(service(ns, ips("10.96.4.2")), "policy strict-all (Strict)")
 		create(service(ns, func(s *corev1.Service) { s.Spec.ClusterIP = corev1.ClusterIPNone }))
 		create(service(ns, func(s *corev1.Service) {
 			s.Spec = corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "example.com"}
@@ -131,7 +131,7 @@ var _ = Describe("A Service that a Strict policy covers", func() {
 			s.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "other"}
 		}))
 		refused(service(ns, func(s *corev1.Service) {
-			s.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": v1alpha1.ServiceProxyName}
+			s.Spec.ClusterIP, s.Labels = "10.96.4.3", map[string]string{"service.kubernetes.io/service-proxy-name": v1alpha1.ServiceProxyName}
 		}), "policy strict-all (Strict)")
 		create(service("kube-system", nil))
 	})
@@ -143,8 +143,8 @@ var _ = Describe("A Service that a Strict policy covers", func() {
 			ips("10.96.5.1")(s)
 			s.DeletionTimestamp = nowish()
 		}), "policy strict-sly (Strict)")
-		refused(service(ns, func(s *corev1.Service) { s.Name = "kubernetes" }), "policy strict-sly (Strict)")
-		refused(service(ns, func(s *corev1.Service) { s.Name, s.GenerateName = "", "any-" }), "policy strict-sly (Strict)")
+		refused(service(ns, func(s *corev1.Service) { s.Name, s.Spec.ClusterIP = "kubernetes", "10.96.4.4" }), "policy strict-sly (Strict)")
+		refused(service(ns, func(s *corev1.Service) { s.Name, s.GenerateName, s.Spec.ClusterIP = "", "any-", "10.96.4.5" }), "policy strict-sly (Strict)")
 	})
 
 	It("does without checks of what the policy does not declare", func() {
