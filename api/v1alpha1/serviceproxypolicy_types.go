@@ -268,7 +268,7 @@ type ServiceRangeStatus struct {
 
 // NodePortStatus counts the node ports of the policy's range.
 type NodePortStatus struct {
-	// total is how many ports the range has.
+	// total is how many ports of the range can be given out: those that belong to no older policy and, once it is known, lie inside the API server's range.
 	Total int32 `json:"total"`
 	// allocated is how many ports of the range are held by Services.
 	Allocated int32 `json:"allocated"`
