@@ -232,7 +232,7 @@ var _ = Describe("An address or node port of another policy", func() {
 			many(maxPorts-1, 30149)(s)
 			for i := range maxManagers - 1 {
 				s.ManagedFields = append(s.ManagedFields, metav1.ManagedFieldsEntry{Manager: fmt.Sprint(i), Operation: metav1.ManagedFieldsOperationApply, APIVersion: "v1",
-					FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:spec":{"f:ports":{"k:{\"port\":1,\"protocol\":\"TCP\"}":{"f:nodePort":{}}}}}`)}})
+					FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1(`{"f:spec":{"f:ports":{"k:{\"port\":1,\"protocol\":\"TCP\"}":{"f:nodePort":{}}}}}`)})
 			}
 		}), "spec.ports[299].nodePort: 30149 lies in")
 		labelled := service(ns, func(s *corev1.Service) {
