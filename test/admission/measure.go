@@ -113,7 +113,7 @@ func (w *world) counters(ctx context.Context, webhook bool) (c counters, err err
 	if err != nil {
 		return c, err
 	}
-	if c.hook, err = scrape(ctx, httpClient, w.server.Config.Host+"/metrics", "apiserver_admission_webhook_admission_duration_seconds",
+	if c.hook, err = scrape(ctx, httpClient, "https://"+w.server.Address()+"/metrics", "apiserver_admission_webhook_admission_duration_seconds",
 		map[string]string{"operation": "CREATE", "type": "admit"}); err != nil {
 		return c, err
 	}
