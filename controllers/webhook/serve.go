@@ -19,8 +19,6 @@ func (c *Certificate) Configure(config *tls.Config) {
 	// No HTTP/2, because an API server would send everything over one connection, and notices only after 45 seconds that a replica does not answer on it. Of
 	// HTTP/1.1 it gives up the connection with the request that timed out, and the next one may lead to another replica.
 	config.NextProtos = []string{"http/1.1"}
-	// API servers ask webhooks in HTTP/1.1, so that requests spread over the replicas (kubernetes#75791), except at a loopback address, as tests use.
-	config.NextProtos = []string{"http/1.1"}
 	config.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		if current := c.current.Load(); current != nil {
 			return current, nil
