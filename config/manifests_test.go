@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -218,4 +219,59 @@ func TestWebhookService(t *testing.T) {
 		}
 	}
 	t.Errorf("no port of the container is named webhook and is where it listens: %v, %v", container.Ports, container.Args)
+}
+
+// TestHostPorts: both programs are in their node's network, beside what a node of Kubernetes runs, and probes ask where they listen.
+func TestHostPorts(t *testing.T) {
+	taken := map[int64]string{2379: "etcd", 2380: "etcd", 6443: "kube-apiserver", 10248: "kubelet", 10249: "kube-proxy", 10250: "kubelet", 10255: "kubelet",
+		10256: "kube-proxy", 10257: "kube-controller-manager", 10258: "cloud-controller-manager", 10259: "kube-scheduler", 10260: "cloud-controller-manager"}
+	for file, flags := range map[string][]string{
+		"manager/deployment.yaml": {"health-probe-bind-address", "metrics-bind-address", "webhook-bind-address"},
+		"agent/daemonset.yaml":    {"health-bind-address", "metrics-bind-address"},
+	} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var workload struct {
+			Spec struct{ Template corev1.PodTemplateSpec }
+		}
+		if err := yaml.Unmarshal(text, &workload); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		pod := workload.Spec.Template.Spec
+		if !pod.HostNetwork || len(pod.Containers) != 1 {
+			t.Fatalf("%s: want one container in the node's network, got %d", file, len(pod.Containers))
+		}
+		container := pod.Containers[0]
+		listens := map[string]int64{}
+		for _, arg := range container.Args {
+			name, address, _ := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
+			if !strings.HasSuffix(name, "-bind-address") {
+				continue
+			}
+			port, err := strconv.ParseInt(address[strings.LastIndex(address, ":")+1:], 10, 32)
+			if err != nil {
+				t.Fatalf("%s: %s: %v", file, arg, err)
+			}
+			if owner, found := taken[port]; found {
+				t.Errorf("%s: %s is a port of %s", file, arg, owner)
+			}
+			taken[port], listens[name] = file, port
+		}
+		for _, name := range flags {
+			if listens[name] == 0 {
+				t.Errorf("%s does not say --%s, so nobody sees which port of the node it takes", file, name)
+			}
+		}
+		health := slices.IndexFunc(container.Ports, func(p corev1.ContainerPort) bool { return p.Name == "health" })
+		if health < 0 || int64(container.Ports[health].ContainerPort) != listens[flags[0]] {
+			t.Errorf("%s: port health of %v is not where it listens: %d", file, container.Ports, listens[flags[0]])
+		}
+		for _, probe := range []*corev1.Probe{container.LivenessProbe, container.ReadinessProbe} {
+			if probe == nil || probe.HTTPGet == nil || probe.HTTPGet.Port.StrVal != "health" {
+				t.Errorf("%s: a probe does not ask port health: %v", file, probe)
+			}
+		}
+	}
 }
