@@ -124,6 +124,9 @@ func TestDefaultInstall(t *testing.T) {
 func install(ctx context.Context, c client.Client, object *unstructured.Unstructured) error {
 	var last error
 	err := wait.PollUntilContextTimeout(ctx, 100*time.Millisecond, 10*time.Second, true, func(ctx context.Context) (bool, error) {
+		if namespaced, err := c.IsObjectNamespaced(object); err == nil && namespaced && object.GetNamespace() == "" {
+			object.SetNamespace("default")
+		}
 		last = c.Apply(ctx, client.ApplyConfigurationFromUnstructured(object), client.FieldOwner("install"))
 		return last == nil || !strings.Contains(last.Error(), "no matches for kind"), nil
 	})
