@@ -35,6 +35,8 @@ import (
 var version string
 
 // +kubebuilder:rbac:groups=coordination.k8s.io,namespace=serviceproxy-system,resources=leases,verbs=get;create;update
+// Leader election tells who leads by events of the core group, all else by those of events.k8s.io.
+// +kubebuilder:rbac:groups="",namespace=serviceproxy-system,resources=events,verbs=create;patch
 
 func main() {
 	if err := run(ctrl.SetupSignalHandler(), os.Args[1:]); err != nil {
