@@ -105,6 +105,9 @@ func (r *reconciler) Reconcile(ctx context.Context, _ ctrl.Request) (ctrl.Result
 		ctrl.LoggerFrom(ctx).V(1).Info("The cache lagged, trying again", "conflict", err.Error())
 		return ctrl.Result{RequeueAfter: conflictRetry}, nil
 	}
+	if err != nil && !slices.ContainsFunc(errs, func(e error) bool { return e != nil && !errors.Is(e, errNotOurs) }) {
+		err = reconcile.TerminalError(err) // trying again helps against everything else
+	}
 	return ctrl.Result{}, err
 }
 
@@ -147,7 +150,7 @@ func (r *reconciler) keep(ctx context.Context, have, want client.Object, same fu
 		return fmt.Errorf("read %s: %w", what, err)
 	}
 	if !ours(have) {
-		return reconcile.TerminalError(fmt.Errorf("%s: %w", what, errNotOurs))
+		return fmt.Errorf("%s: %w", what, errNotOurs)
 	}
 	if same() && equality.Semantic.DeepEqual(have.GetOwnerReferences(), want.GetOwnerReferences()) {
 		return nil

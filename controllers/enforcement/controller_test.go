@@ -2,6 +2,7 @@ package enforcement
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	. "github.com/onsi/ginkgo/v2"
@@ -13,8 +14,10 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 	"sigs.k8s.io/controller-runtime/pkg/config"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 )
@@ -170,6 +173,29 @@ var _ = Describe("The controller", func() {
 		Expect(now.Generation).To(Equal(p.Generation))
 		Expect(now.Labels).To(Equal(p.Labels))
 		Expect(now.OwnerReferences).To(Equal(p.OwnerReferences))
+	})
+
+	It("tries again what the API server could not do, also beside an object that is not ours", func() {
+		theirs := Compile([]v1alpha1.ServiceProxyPolicy{policy("theirs", strict("10.96.83.0/24"))}, nil)[0].Policy
+		theirs.Labels = nil
+		theirs.Spec.MatchConditions = []admissionv1.MatchCondition{{Name: "never", Expression: "false"}}
+		Expect(k8s.Create(ctx, theirs)).To(Succeed())
+		stored("ctl-beside", strict("10.96.85.0/24"))
+		well, err := client.NewWithWatch(restConfig, client.Options{Scheme: scheme})
+		Expect(err).NotTo(HaveOccurred())
+		ill := interceptor.NewClient(well, interceptor.Funcs{Create: func(ctx context.Context, c client.WithWatch, o client.Object, options ...client.CreateOption) error {
+			if o.GetName() == ForeignName {
+				return apierrors.NewInternalError(errors.New("etcd is busy"))
+			}
+			return c.Create(ctx, o, options...)
+		}})
+		terminal := MatchError(reconcile.TerminalError(nil))
+		_, err = (&reconciler{client: ill}).Reconcile(ctx, reconcile.Request{})
+		Expect(err).To(And(MatchError(errNotOurs), Not(terminal)))
+		_, err = (&reconciler{client: well}).Reconcile(ctx, reconcile.Request{})
+		Expect(err).To(And(MatchError(errNotOurs), terminal))
+		_, binding := read(ForeignName)
+		Expect(binding).NotTo(BeNil())
 	})
 
 	It("goes with its namespace", func() {
