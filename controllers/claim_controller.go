@@ -112,8 +112,8 @@ func (r *claimReconciler) expire(ctx context.Context, claim *v1alpha1.Allocation
 	return ctrl.Result{}, client.IgnoreNotFound(r.client.Delete(ctx, claim, exactly(claim)))
 }
 
-// settle ends a reservation that its Service's reconciler has not bound: once its request must be over, it is deleted if no Service has what it locks. A Service that has
-// it, though the policy does not cover that Service any more, gets the claim, and its reconciler lets go of it like of any other that the Service must not have.
+// settle ends a reservation that its Service's reconciler has not bound: once its request must be over, it is bound to the Service that has what it locks if the policy covers
+// that one, and deleted otherwise. What a Service has of a policy that does not cover it, because the API server chose it, is foreign, and nobody's record.
 func (r *claimReconciler) settle(ctx context.Context, claim *v1alpha1.AllocationClaim) (ctrl.Result, error) {
 	if left := r.options.LeakAge - time.Since(claim.CreationTimestamp.Time); left > 0 {
 		return ctrl.Result{RequeueAfter: left}, nil
@@ -123,11 +123,20 @@ func (r *claimReconciler) settle(ctx context.Context, claim *v1alpha1.Allocation
 		return ctrl.Result{}, err
 	}
 	if svc != nil {
-		hold := allocator.HoldOf(claim)
-		hold.State, hold.Holder = v1alpha1.ClaimBound, holderOf(svc)
-		bound := claim.DeepCopy()
-		allocator.SetHold(bound, hold)
-		return ctrl.Result{}, client.IgnoreNotFound(r.client.Update(ctx, bound))
+		policy, err := admissionLedger{r.ledger, r.client, r.live}.Covering(ctx, svc)
+		if errors.Is(err, errPolicyInvalid) {
+			return ctrl.Result{RequeueAfter: r.options.LeakAge}, nil // nothing is decided until it can be understood
+		}
+		if err != nil {
+			return ctrl.Result{}, err
+		}
+		if policy != nil && policy.Name == claim.Spec.PolicyName {
+			hold := allocator.HoldOf(claim)
+			hold.State, hold.Holder = v1alpha1.ClaimBound, holderOf(svc)
+			bound := claim.DeepCopy()
+			allocator.SetHold(bound, hold)
+			return ctrl.Result{}, client.IgnoreNotFound(r.client.Update(ctx, bound))
+		}
 	}
 	if err := r.client.Delete(ctx, claim, exactly(claim)); err != nil {
 		return ctrl.Result{}, client.IgnoreNotFound(err)

@@ -142,22 +142,32 @@ var _ = Describe("what admission reserved", func() {
 
 	It("is not reclaimed from the Service that has it, nor by what was read before it was bound", func() {
 		t := newTenant()
+		p := t.policy("", nil)
 		svc := t.service("web", nil)
 		lock := allocator.AddrLock(clusterAddrs(svc)[0])
 		c, err := newReclaimed(prometheus.NewRegistry())
 		Expect(err).NotTo(HaveOccurred())
-		r := &claimReconciler{client: k8s, live: k8s, ledger: newLedger(quick), reclaimed: c, options: Options{LeakAge: time.Nanosecond}}
+		l := newLedger(quick)
+		l.onPolicy(nil, p)
+		close(l.synced)
+		r := &claimReconciler{client: k8s, live: k8s, ledger: l, reclaimed: c, options: Options{LeakAge: time.Nanosecond}}
 		for _, reservedFor := range []string{"web", "", "other"} {
-			read := t.reserve(t.name, lock, reservedFor)
+			read := t.reserve(p.Name, lock, reservedFor)
 			_, err := r.settle(ctx, read.DeepCopy())
 			Expect(err).NotTo(HaveOccurred())
 			Expect(holderAndState(lock)()).To(Equal("web Bound"))
 			Expect(apierrors.IsConflict(k8s.Delete(ctx, read, exactly(read)))).To(BeTrue())
 			Expect(k8s.Delete(ctx, read)).To(Succeed())
 		}
+
+		By("a policy that does not cover the Service: it must never look as if it held a claim")
+		read := t.reserve(t.name+"-stranger", lock, "")
+		_, err = r.settle(ctx, read.DeepCopy())
+		Expect(err).NotTo(HaveOccurred())
+		Expect(holderAndState(lock)()).To(BeEmpty())
 	})
 
-	It("and that a Service has which the policy no longer covers is let go, without a rest because it is in use", func() {
+	It("and that a Service has which the policy does not cover is deleted, without a rest because it is in use", func() {
 		t := newTenant()
 		p := t.policy("", func(s *v1alpha1.ServiceProxyPolicySpec) {
 			ranges(t.v4)(s)

@@ -233,11 +233,7 @@ func (r *race) follow() {
 	go func() {
 		for event := range w.ResultChan() {
 			if claim, ok := event.Object.(*v1alpha1.AllocationClaim); ok {
-				// What a Service got from another tenant's range, without the webhook, is foreign and nobody's record: a reservation that was left on it may
-				// name the Service for a moment before it goes.
-				if claim.Spec.Holder.Namespace == claim.Spec.PolicyName {
-					r.trail.See(event.Type, claim)
-				}
+				r.trail.See(event.Type, claim)
 			} else if r.ctx.Err() == nil {
 				r.Errorf("the watch of claims: %v", event.Object)
 			}
