@@ -289,6 +289,21 @@ func TestSameRequestAgain(t *testing.T) {
 	}
 }
 
+// The second call for one request may reach another replica, whose cache still shows who had the address before.
+func TestSameRequestAtAnotherReplica(t *testing.T) {
+	claim := claimOf("10.9.0.1", "", v1alpha1.ClaimReserved)
+	claim.Spec.ReservationToken = "token"
+	w := newWorld(t, policyP(true), interceptor.Funcs{}, claim)
+	w.proposals.claims[lockOf("10.9.0.1")] = claimOf("10.9.0.1", "gone", v1alpha1.ClaimReleased)
+	again := svc(clusterIP, ips("10.9.0.1"))
+	again.Namespace, again.GenerateName = "ns", "web-"
+	again.Annotations = map[string]string{v1alpha1.AnnotationReservation: "token"}
+	if r, patch := w.send(t, again, false); !r.Allowed || patch != "" {
+		t.Errorf("got %+v %s", r, patch)
+	}
+	expect(t, w.all(t), []string{"10.9.0.1 Reserved "})
+}
+
 func TestDryRun(t *testing.T) {
 	w := newWorld(t, policyP(true), interceptor.Funcs{Create: func(context.Context, client.WithWatch, client.Object, ...client.CreateOption) error {
 		t.Error("something was created")

@@ -138,11 +138,11 @@ func (r *request) identify(ctx context.Context) {
 	}
 }
 
-// recall finds the claim on what is named if it was made for this request. A claim in the cache is as good as one that is read: only this request made one with
-// its token.
+// recall finds the claim on what is named if it was made for this request. One in the cache that was is as good as one that is read: only this request made one with
+// its token. One that was not may be out of date: another replica made the claim a moment ago.
 func (r *request) recall(ctx context.Context, s *step, token string) {
 	have := r.ledger.Claim(s.named)
-	if have == nil {
+	if have == nil || !r.isOurs(have, token) {
 		have = &v1alpha1.AllocationClaim{}
 		if err := r.live.Get(ctx, client.ObjectKey{Name: s.named.Name()}, have); err != nil {
 			return // if it is there, recording it finds it
