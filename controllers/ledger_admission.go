@@ -159,8 +159,16 @@ func (l *ledger) forgetSteered(now time.Time) {
 	}
 }
 
-// Taking implements admission.Ledger.
-func (a admissionLedger) Taking(lock allocator.Lock, h allocator.Hold) { a.ledger.taking(lock, h) }
+// Taking implements admission.Ledger. A request proves nothing: what another's claim says stays as it is known, or its holder would be taken for one that lost it.
+func (a admissionLedger) Taking(lock allocator.Lock, h allocator.Hold) {
+	l := a.ledger
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pending[lock] = pending{since: time.Now()}
+	if _, held := l.space.Held(lock); !held {
+		l.space.Hold(lock, h)
+	}
+}
 
 // Took implements admission.Ledger.
 func (a admissionLedger) Took(lock allocator.Lock, h allocator.Hold) { a.ledger.took(lock, h) }

@@ -182,6 +182,29 @@ func TestAdmissionDoesNotWait(t *testing.T) {
 	g.Expect(a.ledger.waiting).NotTo(BeEmpty(), "its reconciler does")
 }
 
+func TestARequestProvesNothing(t *testing.T) {
+	g := NewWithT(t)
+	lock := allocator.AddrLock(netip.MustParseAddr("10.0.0.5"))
+	theirs := allocator.Hold{Policy: "a", Use: v1alpha1.ClaimUseAdditionalIP, State: v1alpha1.ClaimBound, Holder: allocator.Holder{Namespace: "ns", Name: "has", UID: "1"}}
+	a := admissionLedger{ledger: told(declaring("a", time.Hour, nil, clusterIPRange("10.0.0.0/25")), allocator.NewClaim(lock, theirs))}
+	mine := allocator.Hold{Policy: "a", Use: v1alpha1.ClaimUseClusterIP, State: v1alpha1.ClaimReserved, Holder: allocator.Holder{Namespace: "ns", Name: "asks"}}
+	holds := func(name string) map[allocator.Lock]allocator.Hold {
+		return a.ledger.heldBy(types.NamespacedName{Namespace: "ns", Name: name})
+	}
+	a.Taking(lock, mine)
+	g.Expect(holds("has")).To(HaveKeyWithValue(lock, theirs), "until its claim is shown to be gone, it has the address")
+	a.Abandon(lock)
+	g.Expect(holds("has")).To(HaveKeyWithValue(lock, theirs))
+	g.Expect(holds("asks")).To(BeEmpty())
+
+	a.Taking(lock, mine)
+	a.Took(lock, mine) // the claim was gone
+	g.Expect(holds("asks")).To(HaveKeyWithValue(lock, mine))
+	other := allocator.AddrLock(netip.MustParseAddr("10.0.0.6"))
+	a.Taking(other, mine)
+	g.Expect(holds("asks")).To(HaveKeyWithValue(other, mine), "nobody is proposed what is being taken")
+}
+
 func TestOwner(t *testing.T) {
 	g := NewWithT(t)
 	deleted := declaring("b", 2*time.Hour, nil, vipRange("10.0.0.0/26"))
