@@ -88,6 +88,7 @@ type ledger struct {
 	pending     map[allocator.Lock]pending
 	steered     steered
 	services    map[types.NamespacedName][]allocator.Lock // every Service, its node ports, and the VIPs in its status
+	users       map[allocator.Lock][]types.NamespacedName // the Services of each of these locks: several while informers lag
 	assignments map[types.NamespacedName]assignmentEntry
 	tallies     map[string]*tally
 	waiting     map[need]*waitlist // Services that wait for an address
@@ -115,6 +116,7 @@ func newLedger(options Options) *ledger {
 		pending:     map[allocator.Lock]pending{},
 		steered:     steered{since: map[allocator.Lock]time.Time{}},
 		services:    map[types.NamespacedName][]allocator.Lock{},
+		users:       map[allocator.Lock][]types.NamespacedName{},
 		assignments: map[types.NamespacedName]assignmentEntry{},
 		tallies:     map[string]*tally{},
 		waiting:     map[need]*waitlist{},
@@ -524,18 +526,27 @@ func (l *ledger) reservedFor(key types.NamespacedName) []netip.Addr {
 }
 
 // usersOf lists the Services that have the lock, a node port, by what the informer shows.
-func (l *ledger) usersOf(lock allocator.Lock) (out []types.NamespacedName) {
+func (l *ledger) usersOf(lock allocator.Lock) []types.NamespacedName {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.space.Taken(lock) {
-		return nil
+	return slices.Clone(l.users[lock])
+}
+
+// setUser says whether a Service has the lock. It is taken as long as any has: after a broken watch the informer may show who has it now before who had it. Callers
+// hold mu.
+func (l *ledger) setUser(lock allocator.Lock, key types.NamespacedName, has bool) {
+	users := slices.DeleteFunc(l.users[lock], func(k types.NamespacedName) bool { return k == key })
+	if has {
+		users = append(users, key)
 	}
-	for key, locks := range l.services {
-		if slices.Contains(locks, lock) {
-			out = append(out, key)
-		}
+	if len(users) > 0 {
+		l.users[lock] = users
+		l.space.SetTaken(lock, true)
+		return
 	}
-	return out
+	delete(l.users, lock)
+	l.space.SetTaken(lock, false)
+	l.wake(lock)
 }
 
 // claim is the claim on a lock as the informer last saw it, nil if there is none. It must not be changed.

@@ -205,6 +205,35 @@ func TestARequestProvesNothing(t *testing.T) {
 	g.Expect(holds("asks")).To(HaveKeyWithValue(other, mine), "nobody is proposed what is being taken")
 }
 
+// After a broken watch an informer shows what is there before what is gone.
+func TestEventsOutOfOrder(t *testing.T) {
+	g := NewWithT(t)
+	l := told()
+	queued := workqueue.NewTypedRateLimitingQueue(workqueue.DefaultTypedControllerRateLimiter[reconcile.Request]())
+	defer queued.ShutDown()
+	l.serviceQueue = queued
+	port := allocator.PortLock(30001)
+	with := func(name string) *corev1.Service {
+		return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{NodePort: 30001}}}}
+	}
+	l.onService(nil, with("before"))
+	l.onService(nil, with("after"))
+	l.onService(with("before"), nil)
+	g.Expect(l.space.Taken(port)).To(BeTrue())
+	g.Expect(l.usersOf(port)).To(ConsistOf(types.NamespacedName{Namespace: "ns", Name: "after"}))
+	l.onService(with("after"), nil)
+	g.Expect(l.space.Taken(port)).To(BeFalse())
+	g.Expect(l.users).To(BeEmpty())
+
+	ours := &networkingv1.IPAddress{ObjectMeta: metav1.ObjectMeta{Name: "10.0.0.5", Labels: map[string]string{networkingv1.LabelManagedBy: v1alpha1.ManagedBy}}}
+	ours.Spec.ParentRef = &networkingv1.ParentReference{Resource: "services", Namespace: "ns", Name: "web"}
+	l.onIPAddress(nil, ours)
+	g.Expect(queued.Len()).To(BeZero())
+	theirs := &networkingv1.IPAddress{ObjectMeta: metav1.ObjectMeta{Name: "10.0.0.5"}, Spec: networkingv1.IPAddressSpec{ParentRef: &networkingv1.ParentReference{Resource: "services", Namespace: "ns", Name: "other"}}}
+	l.onIPAddress(ours, theirs)
+	g.Expect(queued.Len()).To(Equal(1), "deleted, and given to another Service meanwhile: the one that it was for looks again")
+}
+
 func TestOwner(t *testing.T) {
 	g := NewWithT(t)
 	deleted := declaring("b", 2*time.Hour, nil, vipRange("10.0.0.0/26"))

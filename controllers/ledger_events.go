@@ -257,6 +257,10 @@ func (l *ledger) onIPAddress(before, after *networkingv1.IPAddress) {
 	l.steered.forget(lock)
 	l.noteReservation(before, false)
 	l.noteReservation(after, true)
+	was, ours := ourReservationIf(before != nil, before)
+	if now, still := ourReservationIf(after != nil, after); ours && !(still && now == was) && l.serviceQueue != nil {
+		l.serviceQueue.Add(reconcile.Request{NamespacedName: was})
+	}
 	if (after != nil) == l.space.Taken(lock) {
 		return
 	}
@@ -264,12 +268,8 @@ func (l *ledger) onIPAddress(before, after *networkingv1.IPAddress) {
 	for policy := range l.space.PoliciesOf(lock) {
 		l.touch(policy)
 	}
-	if after != nil {
-		return
-	}
-	l.wake(lock)
-	if key, ours := ourReservation(named); ours && l.serviceQueue != nil {
-		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+	if after == nil {
+		l.wake(lock)
 	}
 }
 
@@ -329,13 +329,12 @@ func (l *ledger) onService(before, after *corev1.Service) {
 	}
 	for _, lock := range was {
 		if !slices.Contains(now, lock) {
-			l.space.SetTaken(lock, false)
-			l.wake(lock)
+			l.setUser(lock, key, false)
 		}
 	}
 	for _, lock := range now {
 		l.steered.forget(lock)
-		l.space.SetTaken(lock, true)
+		l.setUser(lock, key, true)
 	}
 	for _, lock := range append(was, now...) {
 		for policy := range l.space.PoliciesOf(lock) {
