@@ -256,7 +256,7 @@ func (r *serviceReconciler) report(ctx context.Context, svc *corev1.Service, a *
 		r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, reasonExhausted, "Allocate", "%s; the Service keeps %v and gets an address of the policy as soon as one is released",
 			want.Message, clusterIPs(svc))
 	case refused != nil && (have == nil || have.Reason != want.Reason || have.Message != want.Message):
-		r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, want.Reason, "Allocate", "%s", want.Message)
+		r.recorder.Eventf(svc, nil, corev1.EventTypeWarning, want.Reason, "Allocate", "%s", note(want.Message))
 	}
 	return nil
 }

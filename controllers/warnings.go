@@ -24,6 +24,9 @@ const (
 // freshService is for how long after its creation a Service is warned about. A restart thus repeats no old warning.
 const freshService = 10 * time.Minute
 
+// maxForeign is how many of a Service's foreign addresses and ports a Warning lists.
+const maxForeign = 3
+
 // warner tells of what a new Service got that nobody may have wanted, once per Service.
 type warner struct {
 	recorder events.EventRecorder
@@ -49,11 +52,24 @@ func (w *warner) warn(svc *corev1.Service, policy *allocator.Policy) {
 		return
 	}
 	if degraded {
-		w.recorder.Eventf(svc, nil, corev1.EventTypeWarning, reasonSingleStack, "Allocate", "the Service prefers two families and got one: %s", svc.Annotations[v1alpha1.AnnotationSingleStack])
+		w.recorder.Eventf(svc, nil, corev1.EventTypeWarning, reasonSingleStack, "Allocate", "%s",
+			note("the Service prefers two families and got one: "+svc.Annotations[v1alpha1.AnnotationSingleStack]))
+	}
+	if more := len(foreign) - maxForeign; more > 0 {
+		foreign = append(foreign[:maxForeign:maxForeign], fmt.Sprintf("and %d more", more))
 	}
 	if len(foreign) > 0 { // one event, because the recorder takes a second one of the same reason for a repetition
-		w.recorder.Eventf(svc, nil, corev1.EventTypeWarning, reasonForeignAddress, "Allocate", "%s", strings.Join(foreign, "; "))
+		w.recorder.Eventf(svc, nil, corev1.EventTypeWarning, reasonForeignAddress, "Allocate", "%s", note(strings.Join(foreign, "; ")))
 	}
+}
+
+// note cuts what is too long for an event, because the API server would refuse it.
+func note(text string) string {
+	const limit, rest = 1024, "..."
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[:limit-len(rest)], "") + rest
 }
 
 // first says whether the Service has not been told of yet.
@@ -111,7 +127,7 @@ func declaresAny(policy *allocator.Policy, lock allocator.Lock) bool {
 		return policy.NodePorts.Size() > 0
 	}
 	return slices.ContainsFunc(policy.Ranges, func(r allocator.Range) bool {
-		return r.Use == v1alpha1.RangeUseClusterIP && familyOf(r.Prefix.Addr()) == familyOf(lock.Addr)
+		return r.Use == v1alpha1.RangeUseClusterIP && allocator.FamilyOf(r.Prefix.Addr()) == allocator.FamilyOf(lock.Addr)
 	})
 }
 

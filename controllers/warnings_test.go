@@ -1,11 +1,16 @@
 package controllers
 
 import (
+	"fmt"
+	"strings"
+	"testing"
+
 	. "github.com/onsi/ginkgo/v2"
 	. "github.com/onsi/gomega"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
@@ -69,3 +74,28 @@ var _ = Describe("a new Service that got what nobody may have wanted", func() {
 		Expect(t.warnings("fine")()).To(BeEmpty())
 	})
 })
+
+// The API server refuses an event with a note of more than 1024 bytes, so a Service with much to be told of would be told nothing.
+func TestWarningsFitIntoEvents(t *testing.T) {
+	owner := &v1alpha1.ServiceProxyPolicy{ObjectMeta: metav1.ObjectMeta{Name: strings.Repeat("o", 63), CreationTimestamp: metav1.Unix(1e9, 0)}}
+	owner.Spec.NamespaceSelector.MatchLabels = map[string]string{"tenant": "another"}
+	owner.Spec.NodePortRange = &v1alpha1.NodePortRange{Start: 30000, End: 30499}
+	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "1", CreationTimestamp: metav1.Now()}}
+	svc.Spec.Type = corev1.ServiceTypeNodePort
+	for i := range int32(40) {
+		svc.Spec.Ports = append(svc.Spec.Ports, corev1.ServicePort{Name: fmt.Sprint(i), Port: 1 + i, NodePort: 30000 + i})
+	}
+	recorder := events.NewFakeRecorder(1)
+	newWarner(recorder, told(owner)).warn(svc, nil)
+	select {
+	case warning := <-recorder.Events:
+		if len(warning) > len("Warning ForeignAddress ")+1024 || !strings.Contains(warning, owner.Name) || !strings.HasSuffix(warning, "and 37 more") {
+			t.Errorf("%d bytes: %s", len(warning), warning)
+		}
+	default:
+		t.Error("no Warning")
+	}
+	if got := note(strings.Repeat("é", 600)); len(got) > 1024 || !strings.HasSuffix(got, "é...") {
+		t.Errorf("%d bytes: %s", len(got), got)
+	}
+}
