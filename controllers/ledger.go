@@ -602,7 +602,7 @@ func (l *ledger) wake(lock allocator.Lock) {
 	for policy := range l.space.PoliciesOf(lock) {
 		if e := l.policies[policy]; e != nil && e.parsed != nil {
 			if r := e.parsed.RangeOf(lock.Addr); r != nil {
-				l.wakeFirst(need{policy: policy, family: familyOf(lock.Addr), use: r.Use})
+				l.wakeFirst(need{policy: policy, family: allocator.FamilyOf(lock.Addr), use: r.Use})
 			}
 		}
 	}

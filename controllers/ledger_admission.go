@@ -109,7 +109,7 @@ func (a admissionLedger) Families() []v1alpha1.IPFamily {
 func (l *ledger) families() (out []v1alpha1.IPFamily) {
 	add := func(c registration) {
 		for _, p := range c.prefixes {
-			if family := familyOf(p.Addr()); !c.ours && !slices.Contains(out, family) {
+			if family := allocator.FamilyOf(p.Addr()); !c.ours && !slices.Contains(out, family) {
 				out = append(out, family)
 			}
 		}
@@ -126,7 +126,7 @@ func (l *ledger) families() (out []v1alpha1.IPFamily) {
 // serves says whether Services of this cluster can have addresses of the range's family, and yes while that is not known. Callers hold mu.
 func (l *ledger) serves(prefix netip.Prefix) bool {
 	families := l.families()
-	return len(families) == 0 || slices.Contains(families, familyOf(prefix.Addr()))
+	return len(families) == 0 || slices.Contains(families, allocator.FamilyOf(prefix.Addr()))
 }
 
 // Grant implements admission.Ledger. It puts nobody on a waiting list: a request that is refused leaves nothing that could wait, and the reconciler of a Service that

@@ -58,7 +58,7 @@ func wantsVIPs(svc *corev1.Service) bool {
 func familiesOf(svc *corev1.Service) []v1alpha1.IPFamily {
 	var out []v1alpha1.IPFamily
 	for _, a := range clusterAddrs(svc) {
-		out = append(out, familyOf(a))
+		out = append(out, allocator.FamilyOf(a))
 	}
 	return out
 }
@@ -107,7 +107,7 @@ func requestedVIPs(svc *corev1.Service) (map[v1alpha1.IPFamily]netip.Addr, error
 			return nil, refuse(reasonRequestInvalid, "%s: %q is not an IP address; give at most one address of each family, separated by a comma, such as 192.0.2.10 or 192.0.2.10,2001:db8::10",
 				field, strings.TrimSpace(s))
 		}
-		family := familyOf(addr)
+		family := allocator.FamilyOf(addr)
 		if had, twice := out[family]; twice && had != addr {
 			return nil, refuse(reasonRequestInvalid, "%s: %s and %s are both %s; give at most one address of each family", field, had, addr, family)
 		}
@@ -130,7 +130,7 @@ func vipsOf(svc *corev1.Service, policy string, held map[allocator.Lock]allocato
 	families, shown, assigned := familiesOf(svc), shownVIPs(svc), assignedVIPs(svc, assignment)
 	requested, _ := requestedVIPs(svc) // a request that cannot be read changes nothing
 	rank := func(a netip.Addr) (n int) {
-		for i, holds := range []bool{slices.Contains(assigned, a), slices.Contains(shown, a), requested[familyOf(a)] == a} {
+		for i, holds := range []bool{slices.Contains(assigned, a), slices.Contains(shown, a), requested[allocator.FamilyOf(a)] == a} {
 			if holds {
 				n = 1 + i
 			}
@@ -138,7 +138,7 @@ func vipsOf(svc *corev1.Service, policy string, held map[allocator.Lock]allocato
 		return n
 	}
 	for lock, hold := range held {
-		family := familyOf(lock.Addr)
+		family := allocator.FamilyOf(lock.Addr)
 		if !isVIPOf(svc, hold) || policy != "" && hold.Policy != policy || !slices.Contains(families, family) {
 			continue
 		}
@@ -157,7 +157,7 @@ func isVIPOf(svc *corev1.Service, hold allocator.Hold) bool {
 // vipRanges are the policy's ranges of load-balancer addresses of a family.
 func vipRanges(policy *allocator.Policy, family v1alpha1.IPFamily) (out []allocator.Range) {
 	for _, r := range policy.Ranges {
-		if r.Use == v1alpha1.RangeUseLoadBalancer && familyOf(r.Prefix.Addr()) == family {
+		if r.Use == v1alpha1.RangeUseLoadBalancer && allocator.FamilyOf(r.Prefix.Addr()) == family {
 			out = append(out, r)
 		}
 	}
@@ -180,7 +180,7 @@ func describeVIPRanges(policy *allocator.Policy, family v1alpha1.IPFamily) strin
 // drains.
 func offered(policy *allocator.Policy, addr netip.Addr, restored bool) error {
 	no := func(why string) error {
-		return refuse(reasonAddressNotOffered, "%s is not offered by policy %s: %s; %s", addr, policy.Name, why, describeVIPRanges(policy, familyOf(addr)))
+		return refuse(reasonAddressNotOffered, "%s is not offered by policy %s: %s; %s", addr, policy.Name, why, describeVIPRanges(policy, allocator.FamilyOf(addr)))
 	}
 	r := policy.RangeOf(addr)
 	switch {
@@ -230,7 +230,7 @@ func wishes(svc *corev1.Service, policy *allocator.Policy, have map[v1alpha1.IPF
 			}
 		} else {
 			w.orAnother = slices.ContainsFunc(vipRanges(policy, family), func(r allocator.Range) bool { return r.Allocation == v1alpha1.RangeAllocationAutomatic })
-			if i := slices.IndexFunc(former, func(a netip.Addr) bool { return familyOf(a) == family && offered(policy, a, true) == nil }); i >= 0 {
+			if i := slices.IndexFunc(former, func(a netip.Addr) bool { return allocator.FamilyOf(a) == family && offered(policy, a, true) == nil }); i >= 0 {
 				w.addr = former[i]
 			}
 		}
@@ -279,7 +279,7 @@ func (r *serviceReconciler) allocateVIPs(ctx context.Context, svc *corev1.Servic
 		return vips{}, nil, err
 	}
 	for lock, hold := range taken {
-		out.wanted[familyOf(lock.Addr)], held[lock] = lock.Addr, hold
+		out.wanted[allocator.FamilyOf(lock.Addr)], held[lock] = lock.Addr, hold
 	}
 	shortage = errors.Join(append(short, missed...)...)
 	if shortage != nil {
@@ -290,7 +290,7 @@ func (r *serviceReconciler) allocateVIPs(ctx context.Context, svc *corev1.Servic
 		}
 	}
 	for lock, hold := range held {
-		if isVIPOf(svc, hold) && (out.wanted[familyOf(lock.Addr)] == lock.Addr || slices.Contains(shown, lock.Addr)) {
+		if isVIPOf(svc, hold) && (out.wanted[allocator.FamilyOf(lock.Addr)] == lock.Addr || slices.Contains(shown, lock.Addr)) {
 			out.forwarded = append(out.forwarded, lock.Addr)
 		}
 	}
@@ -423,7 +423,7 @@ func (r *serviceReconciler) showVIPs(ctx context.Context, svc *corev1.Service, a
 			continue
 		}
 		if !slices.Contains(ready, addr) && !slices.Contains(shown, addr) {
-			i := slices.IndexFunc(shown, func(a netip.Addr) bool { return familyOf(a) == family && slices.Contains(v.forwarded, a) })
+			i := slices.IndexFunc(shown, func(a netip.Addr) bool { return allocator.FamilyOf(a) == family && slices.Contains(v.forwarded, a) })
 			if i < 0 {
 				continue
 			}

@@ -179,7 +179,7 @@ func (v policyView) full() (out []string) {
 			all := allocator.ExhaustedError{Policy: v.resolved.Name, Family: family, Use: use}
 			free := false
 			for _, r := range v.resolved.Ranges {
-				if r.Use == use && familyOf(r.Prefix.Addr()) == family && r.Allocation == v1alpha1.RangeAllocationAutomatic {
+				if r.Use == use && allocator.FamilyOf(r.Prefix.Addr()) == family && r.Allocation == v1alpha1.RangeAllocationAutomatic {
 					c := v.ranges[r.Prefix]
 					all.Used, all.Total, free = all.Used+c.Total-c.Free, all.Total+c.Total, free || c.Free > 0
 				}

@@ -85,7 +85,7 @@ func (l *ledger) view(policy *v1alpha1.ServiceProxyPolicy, now time.Time) (polic
 	if v.resolved != nil {
 		for _, r := range v.resolved.Ranges {
 			v.ranges[r.Prefix] = l.space.RangeCounts(policy.Name, r.Prefix)
-			family := familyOf(r.Prefix.Addr())
+			family := allocator.FamilyOf(r.Prefix.Addr())
 			v.families[family] = l.space.FamilyCounts(policy.Name, family)
 		}
 		v.ports = l.space.PortCounts(policy.Name)
@@ -161,7 +161,7 @@ func (v policyView) wholly(prefix netip.Prefix) bool {
 
 // serves says whether Services of this cluster can have addresses of the range's family, and yes while that is not known.
 func (v policyView) serves(prefix netip.Prefix) bool {
-	return len(v.served) == 0 || slices.Contains(v.served, familyOf(prefix.Addr()))
+	return len(v.served) == 0 || slices.Contains(v.served, allocator.FamilyOf(prefix.Addr()))
 }
 
 // toRegister lists the ranges that the API server must know.

@@ -50,24 +50,15 @@ func adoptable(svc *corev1.Service, policy *allocator.Policy) map[allocator.Lock
 func owed(svc *corev1.Service, policy *allocator.Policy) []v1alpha1.IPFamily {
 	var out []v1alpha1.IPFamily
 	for _, a := range clusterAddrs(svc) {
-		family := familyOf(a)
+		family := allocator.FamilyOf(a)
 		if r := policy.RangeOf(a); r != nil && r.Use == v1alpha1.RangeUseClusterIP {
 			continue
 		}
-		if slices.ContainsFunc(policy.Ranges, func(r allocator.Range) bool {
-			return r.Use == v1alpha1.RangeUseClusterIP && r.Allocation == v1alpha1.RangeAllocationAutomatic && familyOf(r.Prefix.Addr()) == family
-		}) {
+		if policy.Gives(family) {
 			out = append(out, family)
 		}
 	}
 	return out
-}
-
-func familyOf(a netip.Addr) v1alpha1.IPFamily {
-	if a.Is4() {
-		return v1alpha1.IPv4
-	}
-	return v1alpha1.IPv6
 }
 
 func holderOf(svc *corev1.Service) allocator.Holder {
@@ -93,8 +84,8 @@ func additionalOf(svc *corev1.Service, policy string, held map[allocator.Lock]al
 		if policy == "" && !assigned[lock.Addr.String()] || policy != "" && hold.Policy != policy {
 			continue
 		}
-		family := familyOf(lock.Addr)
-		if !slices.ContainsFunc(clusterAddrs(svc), func(a netip.Addr) bool { return familyOf(a) == family }) {
+		family := allocator.FamilyOf(lock.Addr)
+		if !slices.ContainsFunc(clusterAddrs(svc), func(a netip.Addr) bool { return allocator.FamilyOf(a) == family }) {
 			continue
 		}
 		best, several := out[family]
@@ -167,7 +158,7 @@ func lostOf(svc *corev1.Service, policy *allocator.Policy, held map[allocator.Lo
 	claimed func(allocator.Lock) (allocator.Hold, bool)) map[netip.Addr]string {
 	missing := map[v1alpha1.IPFamily]bool{}
 	for _, a := range clusterAddrs(svc) {
-		missing[familyOf(a)] = true
+		missing[allocator.FamilyOf(a)] = true
 	}
 	for _, kept := range []map[v1alpha1.IPFamily]netip.Addr{additionalOf(svc, policy.Name, held, assignment), additionalOf(svc, "", held, assignment)} {
 		for family := range kept {
@@ -178,20 +169,20 @@ func lostOf(svc *corev1.Service, policy *allocator.Policy, held map[allocator.Lo
 	if assignment != nil && assignment.Spec.ServiceUID == svc.UID && isOurs(assignment.Labels) {
 		for _, ip := range assignment.Spec.ServiceIPs {
 			addr, err := netip.ParseAddr(ip.IP)
-			if err != nil || ip.Source != v1alpha1.ServiceIPSourceAdditional || !missing[familyOf(addr)] {
+			if err != nil || ip.Source != v1alpha1.ServiceIPSourceAdditional || !missing[allocator.FamilyOf(addr)] {
 				continue
 			}
 			if hold, ok := claimed(allocator.AddrLock(addr)); !ok || hold.State == v1alpha1.ClaimReleased && hold.Holder == holderOf(svc) {
 				out[addr] = assignment.Spec.PolicyName
-				delete(missing, familyOf(addr))
+				delete(missing, allocator.FamilyOf(addr))
 			}
 		}
 	}
 	for _, addr := range reserved {
 		r := policy.RangeOf(addr)
-		if _, ok := claimed(allocator.AddrLock(addr)); !ok && missing[familyOf(addr)] && r != nil && r.Use == v1alpha1.RangeUseClusterIP {
+		if _, ok := claimed(allocator.AddrLock(addr)); !ok && missing[allocator.FamilyOf(addr)] && r != nil && r.Use == v1alpha1.RangeUseClusterIP {
 			out[addr] = policy.Name
-			delete(missing, familyOf(addr))
+			delete(missing, allocator.FamilyOf(addr))
 		}
 	}
 	return out
@@ -369,7 +360,7 @@ func (r *serviceReconciler) reserve(ctx context.Context, svc *corev1.Service, ad
 	}
 	err := r.client.Create(ctx, &networkingv1.IPAddress{
 		ObjectMeta: metav1.ObjectMeta{Name: key.Name, Labels: map[string]string{
-			networkingv1.LabelIPAddressFamily: string(familyOf(addr)),
+			networkingv1.LabelIPAddressFamily: string(allocator.FamilyOf(addr)),
 			networkingv1.LabelManagedBy:       v1alpha1.ManagedBy,
 			v1alpha1.LabelManagedBy:           v1alpha1.ManagedBy,
 		}},

@@ -103,7 +103,7 @@ func defaultOnRead(svc *corev1.Service) {
 	}
 	for _, ip := range svc.Spec.ClusterIPs {
 		if a, ok := parseAddr(ip); ok {
-			svc.Spec.IPFamilies = append(svc.Spec.IPFamilies, corev1.IPFamily(familyOf(a)))
+			svc.Spec.IPFamilies = append(svc.Spec.IPFamilies, corev1.IPFamily(allocator.FamilyOf(a)))
 		}
 	}
 	policy := corev1.IPFamilyPolicySingleStack
@@ -196,7 +196,7 @@ func settleFamilies(svc, old *corev1.Service, served []v1alpha1.IPFamily, first 
 	for i, ip := range spec.ClusterIPs {
 		if i >= len(spec.IPFamilies) {
 			a, _ := parseAddr(ip)
-			spec.IPFamilies = append(spec.IPFamilies, corev1.IPFamily(familyOf(a)))
+			spec.IPFamilies = append(spec.IPFamilies, corev1.IPFamily(allocator.FamilyOf(a)))
 		}
 	}
 	if *spec.IPFamilyPolicy == corev1.IPFamilyPolicyRequireDualStack && len(served) < 2 {
@@ -244,7 +244,7 @@ func agree(spec *corev1.ServiceSpec) bool {
 		if !ok {
 			return false
 		}
-		f := corev1.IPFamily(familyOf(a))
+		f := corev1.IPFamily(allocator.FamilyOf(a))
 		if slices.Contains(families, f) || i < len(spec.IPFamilies) && spec.IPFamilies[i] != f {
 			return false
 		}
@@ -387,11 +387,4 @@ func isHeadless(svc *corev1.Service) bool { return svc.Spec.ClusterIP == corev1.
 func parseAddr(s string) (netip.Addr, bool) {
 	a, ok := netip.AddrFromSlice(netutils.ParseIPSloppy(s))
 	return a.Unmap(), ok
-}
-
-func familyOf(a netip.Addr) v1alpha1.IPFamily {
-	if a.Is4() {
-		return v1alpha1.IPv4
-	}
-	return v1alpha1.IPv6
 }

@@ -37,7 +37,7 @@ type route struct {
 // other one. served are the API server's families, its default first.
 func firstFamily(policy *allocator.Policy, served []v1alpha1.IPFamily) v1alpha1.IPFamily {
 	for _, f := range served {
-		if givesFamily(policy, f) {
+		if policy != nil && policy.Gives(f) {
 			return f
 		}
 	}
@@ -52,7 +52,7 @@ func routeOf(w want, policy *allocator.Policy, owner func(allocator.Lock) (polic
 	if policy == nil || !declares(policy, w) {
 		return route{source: steered}
 	}
-	if w.family == "" || givesFamily(policy, w.family) {
+	if w.family == "" || policy.Gives(w.family) {
 		return route{source: fromPolicy}
 	}
 	reason := fmt.Sprintf("policy %s gives out no %s addresses of itself (%s)", policy.Name, w.family, describe(policy, w))
@@ -112,13 +112,6 @@ func declares(p *allocator.Policy, w want) bool {
 		return p.NodePorts.Size() > 0
 	}
 	return slices.ContainsFunc(p.Ranges, func(r allocator.Range) bool { return r.Use == v1alpha1.RangeUseClusterIP })
-}
-
-// givesFamily says whether the policy gives Services cluster IPs of a family without being asked for a particular one.
-func givesFamily(p *allocator.Policy, family v1alpha1.IPFamily) bool {
-	return p != nil && slices.ContainsFunc(p.Ranges, func(r allocator.Range) bool {
-		return r.Use == v1alpha1.RangeUseClusterIP && r.Allocation == v1alpha1.RangeAllocationAutomatic && familyOf(r.Prefix.Addr()) == family
-	})
 }
 
 // describe lists what the policy has of the kind that is wanted.

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 )
 
 // Lock is what one AllocationClaim locks: an address, or a node port for all protocols. Exactly one of the two is set.
@@ -20,6 +22,14 @@ func AddrLock(a netip.Addr) Lock { return Lock{Addr: a.Unmap().WithZone("")} }
 
 // PortLock locks a node port.
 func PortLock(p uint16) Lock { return Lock{Port: p} }
+
+// FamilyOf is the family of an address.
+func FamilyOf(a netip.Addr) v1alpha1.IPFamily {
+	if a.Is4() {
+		return v1alpha1.IPv4
+	}
+	return v1alpha1.IPv6
+}
 
 // IsPort says whether the lock is on a node port.
 func (l Lock) IsPort() bool { return !l.Addr.IsValid() }

@@ -165,6 +165,13 @@ func (p *Policy) RangeOf(a netip.Addr) *Range {
 	return nil
 }
 
+// Gives says whether the policy gives Services cluster IPs of a family without being asked for a particular one.
+func (p *Policy) Gives(family v1alpha1.IPFamily) bool {
+	return slices.ContainsFunc(p.Ranges, func(r Range) bool {
+		return r.Use == v1alpha1.RangeUseClusterIP && r.Allocation == v1alpha1.RangeAllocationAutomatic && FamilyOf(r.Prefix.Addr()) == family
+	})
+}
+
 // SelectsNode says whether the policy's Services are forwarded on a node with these labels.
 func (p *Policy) SelectsNode(nodeLabels map[string]string) bool {
 	return p.nodes.Matches(labels.Set(nodeLabels))

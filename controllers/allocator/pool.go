@@ -147,7 +147,7 @@ func (p *pool) fill() {
 	p.free = b
 }
 
-func (p *pool) family() v1alpha1.IPFamily { return familyOf(p.prefix) }
+func (p *pool) family() v1alpha1.IPFamily { return FamilyOf(p.prefix.Addr()) }
 
 // String is the range as its policy declares it.
 func (p *pool) String() string {

@@ -67,12 +67,12 @@ func (s Server) distinct() []netip.Prefix {
 func (s Server) contested(policies []*Policy) map[v1alpha1.IPFamily]bool {
 	out := map[v1alpha1.IPFamily]bool{}
 	for _, p := range s.Made {
-		out[familyOf(p)] = true
+		out[FamilyOf(p.Addr())] = true
 	}
 	for _, policy := range policies {
 		for _, r := range policy.Ranges {
 			if slices.ContainsFunc(s.Ranges, r.Prefix.Overlaps) {
-				out[familyOf(r.Prefix)] = true
+				out[FamilyOf(r.Prefix.Addr())] = true
 			}
 		}
 		if s.NodePorts.Intersect(policy.NodePorts).Size() > 0 {
@@ -94,11 +94,4 @@ func (s Server) beyond(r PortRange) (out []PortRange) {
 		out = append(out, PortRange{max(r.First, last+1), r.Last})
 	}
 	return out
-}
-
-func familyOf(p netip.Prefix) v1alpha1.IPFamily {
-	if p.Addr().Is4() {
-		return v1alpha1.IPv4
-	}
-	return v1alpha1.IPv6
 }
