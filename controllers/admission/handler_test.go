@@ -304,6 +304,19 @@ func TestSameRequestAtAnotherReplica(t *testing.T) {
 	expect(t, w.all(t), []string{"10.9.0.1 Reserved "})
 }
 
+func TestOutcome(t *testing.T) {
+	lock, claim := lockOf("10.9.0.1"), claimOf("10.9.0.1", "web", v1alpha1.ClaimReserved)
+	for want, s := range map[string]step{
+		outcomeAllocated: {route: route{source: fromPolicy}, lock: lock, claim: claim},
+		outcomeSteered:   {route: route{source: steered}, lock: lock},
+		outcomeUnchanged: {route: route{source: recorded}, lock: lock, claim: claim, found: true}, // counted when the request came by first
+	} {
+		if got := (&request{steps: []step{s}}).outcome(nil); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}
+
 func TestDryRun(t *testing.T) {
 	w := newWorld(t, policyP(true), interceptor.Funcs{Create: func(context.Context, client.WithWatch, client.Object, ...client.CreateOption) error {
 		t.Error("something was created")

@@ -252,7 +252,7 @@ func (r *request) outcome(denied *metav1.Status) string {
 		return outcomeDenied
 	case slices.ContainsFunc(r.steps, func(s step) bool { return s.claim != nil && !s.found }):
 		return outcomeAllocated
-	case slices.ContainsFunc(r.steps, func(s step) bool { return s.lock != allocator.Lock{} }):
+	case slices.ContainsFunc(r.steps, func(s step) bool { return s.source == steered && s.lock != allocator.Lock{} }):
 		return outcomeSteered
 	}
 	return outcomeUnchanged
