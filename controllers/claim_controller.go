@@ -200,6 +200,12 @@ func (r *claimReconciler) leak(ctx context.Context, claim *v1alpha1.AllocationCl
 	if ok, err := exists(r.live); err != nil || ok {
 		return ctrl.Result{}, err
 	}
+	var assignment *v1alpha1.ServiceAssignment
+	if found, err := get(ctx, r.live, holder, &assignment); err != nil {
+		return ctrl.Result{}, err
+	} else if found && isOurs(assignment.Labels) && assignment.Spec.ServiceUID == claim.Spec.Holder.UID {
+		return ctrl.Result{RequeueAfter: time.Second}, nil // nodes may still forward the address, so nobody else may get it before this is gone
+	}
 	if err := r.ledger.release(ctx, r.client, r.live, claim, r.ledger.restFor(claim.Spec.PolicyName)); err != nil {
 		return ctrl.Result{}, err
 	}

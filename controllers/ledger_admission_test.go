@@ -11,6 +11,7 @@ import (
 	"time"
 
 	. "github.com/onsi/gomega"
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -232,6 +233,31 @@ func TestEventsOutOfOrder(t *testing.T) {
 	theirs := &networkingv1.IPAddress{ObjectMeta: metav1.ObjectMeta{Name: "10.0.0.5"}, Spec: networkingv1.IPAddressSpec{ParentRef: &networkingv1.ParentReference{Resource: "services", Namespace: "ns", Name: "other"}}}
 	l.onIPAddress(ours, theirs)
 	g.Expect(queued.Len()).To(Equal(1), "deleted, and given to another Service meanwhile: the one that it was for looks again")
+}
+
+func TestALeakWaitsForItsAssignment(t *testing.T) {
+	g := NewWithT(t)
+	s := runtime.NewScheme()
+	g.Expect(errors.Join(clientgoscheme.AddToScheme(s), v1alpha1.AddToScheme(s))).To(Succeed())
+	claim := allocator.NewClaim(allocator.AddrLock(netip.MustParseAddr("192.0.2.5")), allocator.Hold{Policy: "a", Use: v1alpha1.ClaimUseLoadBalancerIP,
+		State: v1alpha1.ClaimBound, Holder: allocator.Holder{Namespace: "ns", Name: "web", UID: "gone"}})
+	claim.CreationTimestamp = metav1.NewTime(time.Now().Add(-time.Hour))
+	assignment := &v1alpha1.ServiceAssignment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web", Labels: ourLabels("a")}}
+	assignment.Spec.ServiceUID = "gone"
+	c := fake.NewClientBuilder().WithScheme(s).WithObjects(claim, assignment).Build()
+	l := told(claim)
+	r := &claimReconciler{client: c, live: c, ledger: l, options: l.options, reclaimed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "reclaimed"}, []string{"kind"})}
+	state := func() v1alpha1.ClaimState {
+		result, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Name: claim.Name}})
+		g.Expect(err).NotTo(HaveOccurred())
+		var now v1alpha1.AllocationClaim
+		g.Expect(c.Get(t.Context(), client.ObjectKeyFromObject(claim), &now)).To(Succeed())
+		g.Expect(result.RequeueAfter > 0).To(Equal(now.Spec.State == v1alpha1.ClaimBound))
+		return now.Spec.State
+	}
+	g.Expect(state()).To(Equal(v1alpha1.ClaimBound))
+	g.Expect(c.Delete(t.Context(), assignment)).To(Succeed())
+	g.Expect(state()).To(Equal(v1alpha1.ClaimReleased))
 }
 
 func TestOwner(t *testing.T) {
