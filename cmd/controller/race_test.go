@@ -120,7 +120,9 @@ func (r *race) soundWithin(limit time.Duration) {
 	r.Helper()
 	start := time.Now()
 	unrecorded := func() []string {
-		return slices.DeleteFunc(r.world().Faults(), func(fault string) bool { return !strings.Contains(fault, " has it") || strings.Contains(fault, " has it not") })
+		return slices.DeleteFunc(r.world().Faults(), func(fault string) bool {
+			return !strings.Contains(fault, " has it") || strings.Contains(fault, " has it not")
+		})
 	}
 	r.Eventually(unrecorded).WithTimeout(catchUp).WithPolling(time.Second).Should(BeEmpty())
 	r.Logf("all is recorded %s after the last request", time.Since(start).Round(time.Second))

@@ -67,23 +67,28 @@ func entry(name string, failure admissionregistrationv1.FailurePolicyType, names
 			Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create, admissionregistrationv1.Update},
 			Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"services"}, Scope: new(admissionregistrationv1.NamespacedScope)},
 		}},
-		MatchPolicy: new(admissionregistrationv1.Equivalent), MatchConditions: matchConditions(),
+		MatchPolicy: new(admissionregistrationv1.Equivalent), MatchConditions: matchConditions(failure),
 		SideEffects: new(admissionregistrationv1.SideEffectClassNoneOnDryRun), TimeoutSeconds: new(int32(timeoutSeconds)),
 		ReinvocationPolicy: new(admissionregistrationv1.IfNeededReinvocationPolicy), AdmissionReviewVersions: []string{"v1"},
 	}
 }
 
 // matchConditions keep away what allocates nothing. An error in one of them counts as no answer, so each has to hold for whatever a request may lack.
-func matchConditions() []admissionregistrationv1.MatchCondition {
-	return []admissionregistrationv1.MatchCondition{
+func matchConditions(failure admissionregistrationv1.FailurePolicyType) []admissionregistrationv1.MatchCondition {
+	conditions := []admissionregistrationv1.MatchCondition{
 		// A Service must be able to go, even if nobody answers.
 		{Name: "is-not-being-deleted", Expression: "!has(object.metadata.deletionTimestamp)"},
 		// The API server makes it when it starts, and gives it an address of its own choice.
 		{Name: "is-not-the-api-server", Expression: "!(request.namespace == 'default' && object.metadata.?name.orValue('') == 'kubernetes')"},
 		{Name: "has-addresses", Expression: "object.spec.?type.orValue('ClusterIP') != 'ExternalName' && object.spec.?clusterIP.orValue('') != 'None'"},
-		{Name: "is-not-another-proxys", Expression: "object.metadata.?labels[?'" + allocator.LabelServiceProxyName + "'].orValue('" + v1alpha1.ServiceProxyName + "') == '" + v1alpha1.ServiceProxyName + "'"},
 		{Name: "changes-what-is-allocated", Expression: "request.operation == 'CREATE' || " + strings.Join(changes, " || ")},
 	}
+	if failure == admissionregistrationv1.Fail {
+		// No policy covers another proxy's Service, so it must not wait for us. It is kept out of what policies declare all the same, if somebody answers.
+		conditions = append(conditions, admissionregistrationv1.MatchCondition{Name: "is-not-another-proxys",
+			Expression: "object.metadata.?labels[?'" + allocator.LabelServiceProxyName + "'].orValue('" + v1alpha1.ServiceProxyName + "') == '" + v1alpha1.ServiceProxyName + "'"})
+	}
+	return conditions
 }
 
 // changes say whether an UPDATE changes something that is allocated, or by which it is. The API server carries allocated fields that a request leaves out over from
