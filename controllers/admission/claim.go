@@ -19,6 +19,8 @@ import (
 )
 
 const (
+	// maxAtOnce bounds how many claims of one request are made at a time: a Service may have thousands of ports, and others want to be served too.
+	maxAtOnce = 16
 	// maxAttempts bounds how many locks are tried for one want while others keep getting there first.
 	maxAttempts = 32
 	// claimTimeout bounds the claiming, undoTimeout what follows if it came to nothing. Together they stay below the 3 s that the API server waits for an answer.

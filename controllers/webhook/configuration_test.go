@@ -272,6 +272,10 @@ var _ = Describe("Without an operator", func() {
 			Expect(err).To(MatchError(ContainSubstring(`failed calling webhook "demanding` + entryStrict + `"`)))
 		}
 
+		Expect(k8s.Create(ctx, newService(strict, "another-proxys", func(s *corev1.Service) {
+			s.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "cilium"}
+		}))).To(Succeed())
+
 		svc.Labels = map[string]string{"edited": "yes"}
 		Expect(k8s.Update(ctx, svc)).To(Succeed())
 		svc.Spec.Ports[0].NodePort, svc.Spec.ClusterIP, svc.Spec.ClusterIPs = 0, "", nil
