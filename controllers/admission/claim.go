@@ -45,25 +45,31 @@ func (e *reservedError) Error() string {
 	return fmt.Sprintf("%s: %s is reserved for Service %s/%s, whose request is under way: name another, or none", e.field, e.lock, e.by.Namespace, name)
 }
 
-// claimAll claims whatever the steps of the request are to get claimed, all at once, and leaves in each step what came of it. It says whether a Service of
+// claimAll claims whatever the steps of the request are to get claimed, several at a time, and leaves in each step what came of it. It says whether a Service of
 // the request's name exists already, which only a read past the cache can tell.
 func (r *request) claimAll(ctx context.Context) (exists bool) {
 	var wg sync.WaitGroup
+	free := make(chan struct{}, maxAtOnce)
 	claiming := false
 	for i := range r.steps {
 		s := &r.steps[i]
 		if s.found {
 			continue
 		}
+		claim := r.take
 		switch s.source {
 		case fromPolicy:
-			wg.Go(func() { s.err = r.take(ctx, s) })
 		case recorded:
-			wg.Go(func() { s.err = r.record(ctx, s) })
+			claim = r.record
 		default:
 			continue
 		}
 		claiming = true
+		wg.Go(func() {
+			free <- struct{}{}
+			defer func() { <-free }()
+			s.err = claim(ctx, s)
+		})
 	}
 	// A name to be generated is nobody's yet, and of a request that came by before this was asked then.
 	if claiming && r.old == nil && r.svc.Name != "" && !r.again {
