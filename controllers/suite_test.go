@@ -6,7 +6,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -32,6 +31,7 @@ import (
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+	"github.com/serviceproxy/serviceproxy-operator/test/kubeapi"
 )
 
 var (
@@ -67,21 +67,9 @@ var _ = BeforeSuite(func() {
 	k8s, err = client.New(restConfig, client.Options{Scheme: scheme})
 	Expect(err).NotTo(HaveOccurred())
 
-	admin, err := env.AddUser(envtest.User{Name: "kcm", Groups: []string{"system:masters"}}, nil)
+	stop, err := kubeapi.StartControllers(env, "service-cidr-controller", "garbage-collector-controller")
 	Expect(err).NotTo(HaveOccurred())
-	kubeconfig, err := admin.KubeConfig()
-	Expect(err).NotTo(HaveOccurred())
-	path := filepath.Join(GinkgoT().TempDir(), "kubeconfig")
-	Expect(os.WriteFile(path, kubeconfig, 0o600)).To(Succeed())
-	kcm := exec.Command(filepath.Join(os.Getenv("KUBEBUILDER_ASSETS"), "kube-controller-manager"), "--kubeconfig", path, "--leader-elect=false", "--secure-port=0",
-		"--controllers=service-cidr-controller,garbage-collector-controller")
-	log := &strings.Builder{}
-	kcm.Stdout, kcm.Stderr = log, log
-	Expect(kcm.Start()).To(Succeed())
-	DeferCleanup(func() {
-		Expect(kcm.Process.Kill()).To(Succeed())
-		_ = kcm.Wait() // it was killed
-	})
+	DeferCleanup(stop)
 	Eventually(func(g Gomega) {
 		var def networkingv1.ServiceCIDR
 		g.Expect(k8s.Get(ctx, client.ObjectKey{Name: "kubernetes"}, &def)).To(Succeed())

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -34,6 +33,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/controllers"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/admission"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+	"github.com/serviceproxy/serviceproxy-operator/test/kubeapi"
 )
 
 var (
@@ -69,7 +69,9 @@ var _ = BeforeSuite(func() {
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(env.Stop)
 	config.QPS = -1
-	startControllerManager(env)
+	stop, err := kubeapi.StartControllers(env, "service-cidr-controller", "garbage-collector-controller", "resourcequota-controller")
+	Expect(err).NotTo(HaveOccurred())
+	DeferCleanup(stop)
 	startOperator(config, env.WebhookInstallOptions)
 
 	users := rest.CopyConfig(config)
@@ -99,24 +101,6 @@ func configuration() *admissionv1.MutatingWebhookConfiguration {
 		})
 	}
 	return c
-}
-
-// startControllerManager runs what makes ServiceCIDRs ready and collects garbage.
-func startControllerManager(env *envtest.Environment) {
-	GinkgoHelper()
-	admin, err := env.AddUser(envtest.User{Name: "kcm", Groups: []string{"system:masters"}}, nil)
-	Expect(err).NotTo(HaveOccurred())
-	kubeconfig, err := admin.KubeConfig()
-	Expect(err).NotTo(HaveOccurred())
-	path := filepath.Join(GinkgoT().TempDir(), "kubeconfig")
-	Expect(os.WriteFile(path, kubeconfig, 0o600)).To(Succeed())
-	kcm := exec.Command(filepath.Join(os.Getenv("KUBEBUILDER_ASSETS"), "kube-controller-manager"), "--kubeconfig", path, "--leader-elect=false", "--secure-port=0",
-		"--controllers=service-cidr-controller,garbage-collector-controller,resourcequota-controller")
-	Expect(kcm.Start()).To(Succeed())
-	DeferCleanup(func() {
-		Expect(kcm.Process.Kill()).To(Succeed())
-		_ = kcm.Wait() // it was killed
-	})
 }
 
 func startOperator(config *rest.Config, installed envtest.WebhookInstallOptions) {

@@ -5,9 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -28,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/test/kubeapi"
 )
 
 var (
@@ -71,15 +70,9 @@ var _ = BeforeSuite(func() {
 	Expect(err).NotTo(HaveOccurred())
 	kubeconfig = filepath.Join(GinkgoT().TempDir(), "kubeconfig")
 	Expect(os.WriteFile(kubeconfig, config, 0o600)).To(Succeed())
-	kcm := exec.Command(filepath.Join(os.Getenv("KUBEBUILDER_ASSETS"), "kube-controller-manager"), "--kubeconfig", kubeconfig, "--leader-elect=false", "--secure-port=0",
-		"--controllers=service-cidr-controller,namespace-controller,garbage-collector-controller,validatingadmissionpolicy-status-controller")
-	log := &strings.Builder{}
-	kcm.Stdout, kcm.Stderr = log, log
-	Expect(kcm.Start()).To(Succeed())
-	DeferCleanup(func() {
-		Expect(kcm.Process.Kill()).To(Succeed())
-		_ = kcm.Wait() // it was killed
-	})
+	stop, err := kubeapi.StartControllers(env, "service-cidr-controller", "namespace-controller", "garbage-collector-controller", "validatingadmissionpolicy-status-controller")
+	Expect(err).NotTo(HaveOccurred())
+	DeferCleanup(stop)
 	Eventually(func(g Gomega) {
 		var def networkingv1.ServiceCIDR
 		g.Expect(k8s.Get(ctx, client.ObjectKey{Name: "kubernetes"}, &def)).To(Succeed())

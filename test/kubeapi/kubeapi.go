@@ -2,13 +2,13 @@
 package kubeapi
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -28,17 +28,15 @@ type Server struct {
 	Config *rest.Config
 	Client client.WithWatch
 
-	env     *envtest.Environment
-	warned  warnings
-	manager *exec.Cmd
-	log     bytes.Buffer // of manager
-	dir     string
+	env    *envtest.Environment
+	warned warnings
+	// stopControllers ends kube-controller-manager, nil before it runs.
+	stopControllers func() error
 }
 
 // Start starts everything. args are flags of kube-apiserver without their dashes. KUBEBUILDER_ASSETS names the folder of the programs.
 func Start(args map[string]string) (_ *Server, err error) {
-	assets := os.Getenv("KUBEBUILDER_ASSETS")
-	if assets == "" {
+	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
 		return nil, errors.New("KUBEBUILDER_ASSETS is not set: export KUBEBUILDER_ASSETS=$(hack/tools/kubernetes/build.sh)")
 	}
 	root, err := moduleRoot()
@@ -59,9 +57,6 @@ func Start(args map[string]string) (_ *Server, err error) {
 	for name, value := range maps.All(args) {
 		s.env.ControlPlane.GetAPIServer().Configure().Set(name, value)
 	}
-	if s.dir, err = os.MkdirTemp("", "kubeapi-"); err != nil {
-		return nil, err
-	}
 	if s.Config, err = s.env.Start(); err != nil {
 		return nil, fmt.Errorf("start API server: %w", err)
 	}
@@ -73,18 +68,39 @@ func Start(args map[string]string) (_ *Server, err error) {
 	if s.Client, err = client.NewWithWatch(s.Config, client.Options{Scheme: scheme}); err != nil {
 		return nil, err
 	}
-	kubeconfig := filepath.Join(s.dir, "kube-controller-manager")
-	if err := s.WriteKubeconfig(kubeconfig, ""); err != nil {
+	s.stopControllers, err = StartControllers(s.env, "service-cidr-controller")
+	return s, err
+}
+
+// StartControllers runs controllers of kube-controller-manager, by the names it has for them, beside an API server of envtest. stop ends them.
+func StartControllers(env *envtest.Environment, names ...string) (stop func() error, err error) {
+	dir, err := os.MkdirTemp("", "kube-controller-manager-")
+	if err != nil {
 		return nil, err
 	}
-	manager := exec.Command(filepath.Join(assets, "kube-controller-manager"), "--kubeconfig="+kubeconfig, "--leader-elect=false", "--secure-port=0",
-		"--controllers=service-cidr-controller")
-	manager.Stdout, manager.Stderr = &s.log, &s.log
+	remove := func() error { return os.RemoveAll(dir) }
+	admin, err := env.AddUser(envtest.User{Name: "kube-controller-manager", Groups: []string{"system:masters"}}, nil)
+	if err != nil {
+		return nil, errors.Join(err, remove())
+	}
+	config, err := admin.KubeConfig()
+	if err != nil {
+		return nil, errors.Join(err, remove())
+	}
+	kubeconfig := filepath.Join(dir, "kubeconfig")
+	if err := os.WriteFile(kubeconfig, config, 0o600); err != nil {
+		return nil, errors.Join(err, remove())
+	}
+	manager := exec.Command(filepath.Join(os.Getenv("KUBEBUILDER_ASSETS"), "kube-controller-manager"), "--kubeconfig="+kubeconfig, "--leader-elect=false", "--secure-port=0",
+		"--controllers="+strings.Join(names, ","))
 	if err := manager.Start(); err != nil {
-		return nil, err
+		return nil, errors.Join(fmt.Errorf("start kube-controller-manager: %w", err), remove())
 	}
-	s.manager = manager
-	return s, nil
+	return func() error {
+		killed := manager.Process.Kill()
+		_ = manager.Wait() // it was killed
+		return errors.Join(killed, remove())
+	}, nil
 }
 
 // WriteKubeconfig writes an administrator's kubeconfig. address is HOST:PORT of a relay before the API server on the loopback address, empty for none.
@@ -136,12 +152,11 @@ func (w *warnings) HandleWarningHeader(_ int, _, text string) {
 
 // Stop ends everything.
 func (s *Server) Stop() error {
-	var killed error
-	if s.manager != nil {
-		killed = s.manager.Process.Kill()
-		_ = s.manager.Wait() // it was killed
+	var stopped error
+	if s.stopControllers != nil {
+		stopped = s.stopControllers()
 	}
-	return errors.Join(killed, s.env.Stop(), os.RemoveAll(s.dir))
+	return errors.Join(stopped, s.env.Stop())
 }
 
 // moduleRoot finds the folder of go.mod from here upwards.
