@@ -3,7 +3,6 @@ package controllers
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/instrument"
 )
 
 // claimReconciler collects garbage: released claims that have rested, claims of requests that came to nothing, claims whose Service is gone, reservations without
@@ -45,14 +45,8 @@ func newReclaimed(r prometheus.Registerer) (*prometheus.CounterVec, error) {
 		Name: "serviceproxy_reclaimed_total",
 		Help: "What was left behind and has been collected: reservation (a claim of a request that came to nothing), leak (a claim whose Service is gone), orphan (an IPAddress without a claim).",
 	}, []string{"kind"})
-	err := r.Register(c)
-	if already, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
-		if existing, ok := already.ExistingCollector.(*prometheus.CounterVec); ok {
-			return existing, nil
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("register metrics: %w", err)
+	if err := instrument.Register(r, &c); err != nil {
+		return nil, err
 	}
 	for _, kind := range []string{reclaimedReservation, reclaimedLeak, reclaimedOrphan} {
 		c.WithLabelValues(kind) // a rate can be computed of the first one only if there was a zero before it

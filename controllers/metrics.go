@@ -1,14 +1,13 @@
 package controllers
 
 import (
-	"errors"
-	"fmt"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
+	"github.com/serviceproxy/serviceproxy-operator/controllers/instrument"
 )
 
 // What a replica says about policies. Every replica says the same about the same moment: take the max over them, not the sum.
@@ -36,17 +35,11 @@ type ledgerCollector struct{ ledger atomic.Pointer[ledger] }
 // collectFrom registers a collector of the ledger. Metrics are the process's: where one is registered already, by an earlier manager, it turns to this ledger.
 func collectFrom(l *ledger, r prometheus.Registerer) error {
 	c := &ledgerCollector{}
-	c.ledger.Store(l)
-	err := r.Register(c)
-	if already, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
-		if existing, ok := already.ExistingCollector.(*ledgerCollector); ok {
-			existing.ledger.Store(l)
-			return nil
-		}
+	c.ledger.Store(l) // it may be read as soon as it is registered
+	if err := instrument.Register(r, &c); err != nil {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("register metrics of policies: %w", err)
-	}
+	c.ledger.Store(l) // by now c may be an earlier manager's
 	return nil
 }
 

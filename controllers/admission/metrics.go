@@ -2,10 +2,11 @@ package admission
 
 import (
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/serviceproxy/serviceproxy-operator/controllers/instrument"
 )
 
 // Outcomes of a request.
@@ -40,25 +41,10 @@ func newInstruments(r prometheus.Registerer) (*instruments, error) {
 			Help: "Number of addresses and node ports that somebody else turned out to have when they were claimed at admission. The next one was tried.",
 		}),
 	}
-	return i, errors.Join(register(r, &i.duration), register(r, &i.requests), register(r, &i.lost))
+	return i, errors.Join(instrument.Register(r, &i.duration), instrument.Register(r, &i.requests), instrument.Register(r, &i.lost))
 }
 
 func (i *instruments) observe(operation, outcome string, took time.Duration) {
 	i.duration.WithLabelValues(operation, outcome).Observe(took.Seconds())
 	i.requests.WithLabelValues(outcome).Inc()
-}
-
-// register registers c, or sets it to what is registered under that name: the metrics belong to the process, of which a second manager may be part.
-func register[C prometheus.Collector](r prometheus.Registerer, c *C) error {
-	err := r.Register(*c)
-	if already, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
-		if existing, ok := already.ExistingCollector.(C); ok {
-			*c = existing
-			return nil
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("register metrics: %w", err)
-	}
-	return nil
 }

@@ -2,9 +2,10 @@ package programmed
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/serviceproxy/serviceproxy-operator/controllers/instrument"
 )
 
 // instruments are this package's metrics.
@@ -30,21 +31,5 @@ func newInstruments(r prometheus.Registerer) (*instruments, error) {
 			Buckets: prometheus.ExponentialBuckets(0.05, 2, 14), // 50 ms to 7 min
 		}),
 	}
-	return i, errors.Join(register(r, &i.programmed), register(r, &i.pending), register(r, &i.duration))
-}
-
-// register registers c, or sets it to what is registered under that name: the metrics belong to the process, of which a
-// second manager may be part.
-func register[C prometheus.Collector](r prometheus.Registerer, c *C) error {
-	err := r.Register(*c)
-	if already, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
-		if existing, ok := already.ExistingCollector.(C); ok {
-			*c = existing
-			return nil
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("register metrics: %w", err)
-	}
-	return nil
+	return i, errors.Join(instrument.Register(r, &i.programmed), instrument.Register(r, &i.pending), instrument.Register(r, &i.duration))
 }

@@ -1,10 +1,9 @@
 package webhook
 
 import (
-	"errors"
-	"fmt"
-
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/serviceproxy/serviceproxy-operator/controllers/instrument"
 )
 
 // newExpiry makes the metric by which people are warned of a certificate that nobody renews. It belongs to the process, of which a second manager may be part.
@@ -13,14 +12,6 @@ func newExpiry(r prometheus.Registerer) (prometheus.Gauge, error) {
 		Name: "serviceproxy_webhook_certificate_expiry_timestamp_seconds",
 		Help: "When the certificate that this replica serves its admission webhook with expires. It is renewed a third of its life before.",
 	})
-	err := r.Register(expiry)
-	if already, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
-		if existing, ok := already.ExistingCollector.(prometheus.Gauge); ok {
-			return existing, nil
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("register metrics: %w", err)
-	}
-	return expiry, nil
+	err := instrument.Register(r, &expiry)
+	return expiry, err
 }
