@@ -36,6 +36,8 @@ type Config struct {
 	Version string
 	// API says how to reach the API server.
 	API *rest.Config
+	// Settings are those at the start.
+	Settings Settings
 	// Modes is the table of backends.
 	Modes []Mode
 	// Conntrack is the node's connection tracking, where UDP flows to endpoints that are gone are ended. nil: they are left to themselves.
@@ -63,7 +65,7 @@ func Run(ctx context.Context, c Config) error {
 		cancel()
 	}
 
-	s := newStore()
+	s := newStore(c.Settings)
 	flows := conntrack.New(c.Log.WithName("conntrack"))
 	changed := func(prev, next *forwarding.Service) {}
 	if c.Conntrack != nil {

@@ -137,7 +137,7 @@ func inside(ns *netns.NS, table []agent.Mode) []agent.Mode {
 // kernelLacks says how the kernel of a namespace differs from these services: each "ADDRESS ENDPOINT...", port 80 to 8080.
 func kernelLacks(t *testing.T, ns *netns.NS, services ...string) []backend.Drift {
 	t.Helper()
-	var want forwarding.State
+	want := forwarding.State{}.On(forwarding.Ground{Pods: settings.Pods})
 	for _, line := range services {
 		words := strings.Fields(line)
 		target := forwarding.Target{Action: forwarding.Reject}
@@ -152,7 +152,7 @@ func kernelLacks(t *testing.T, ns *netns.NS, services ...string) []backend.Drift
 	}
 	var b *nftables.Backend
 	if err := ns.Do(func() (err error) {
-		b, err = nftables.New(nftables.Config{ClusterCIDRs: clusterCIDRs})
+		b, err = nftables.New()
 		return err
 	}); err != nil {
 		t.Fatal(err)
@@ -165,7 +165,7 @@ func kernelLacks(t *testing.T, ns *netns.NS, services ...string) []backend.Drift
 	return drifts
 }
 
-var clusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}
+var settings = agent.Settings{Pods: forwarding.PodTraffic{Sources: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}}}
 
 // world is what the test plays besides the agent: the control plane and the controller.
 type world struct {
@@ -267,7 +267,7 @@ func TestAgainstAPIServerAndKernel(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() {
 		ended <- agent.Run(ctx, agent.Config{NodeName: "node1", Version: "test", API: config, Health: health, Log: testr.New(t),
-			Modes: inside(ns, agent.Modes(agent.Dataplanes{ClusterCIDRs: clusterCIDRs}))})
+			Modes: inside(ns, agent.Modes()), Settings: settings})
 	}()
 	stopAgent := sync.OnceFunc(func() {
 		stop()
@@ -323,7 +323,7 @@ func TestAgainstAPIServerAndKernel(t *testing.T) {
 
 	stopAgent()
 	w.Expect(kernelLacks(t, ns, now...)).To(BeEmpty(), "stopping the agent changed the kernel")
-	w.Expect(agent.Cleanup(context.Background(), testr.New(t), inside(ns, agent.Modes(agent.Dataplanes{})))).To(Succeed())
+	w.Expect(agent.Cleanup(context.Background(), testr.New(t), inside(ns, agent.Modes()))).To(Succeed())
 	out, err := ns.Run("nft", "list", "ruleset")
 	w.Expect(err).NotTo(HaveOccurred())
 	w.Expect(strings.TrimSpace(out)).To(BeEmpty(), "clean-up left something")

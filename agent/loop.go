@@ -158,6 +158,9 @@ func (l *loop) pass(ctx context.Context) {
 // fold carries a batch into what the dataplanes want. Nothing of it is lost if the kernel refuses: want stays.
 func (l *loop) fold(b batch) {
 	l.node, l.received = b.node, b.marks
+	for _, d := range l.planes {
+		d.want = d.want.On(b.ground)
+	}
 	l.triggers = append(l.triggers, b.triggers...)
 	for _, in := range b.inputs {
 		l.recompile(in)

@@ -53,7 +53,7 @@ type rig struct {
 }
 
 func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
-	r := &rig{t: t, store: newStore(), version: 100, checks: map[types.NamespacedName]compile.HealthCheck{}}
+	r := &rig{t: t, store: newStore(Settings{}), version: 100, checks: map[types.NamespacedName]compile.HealthCheck{}}
 	log := funcr.New(func(_, line string) {
 		r.mu.Lock()
 		defer r.mu.Unlock()

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -10,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/resourceversion"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
 // Marks are the newest resourceVersions of each type: everything up to them has been received, or is in the kernel. They
@@ -29,6 +31,7 @@ type input struct {
 type batch struct {
 	inputs []input
 	node   *compile.Node
+	ground forwarding.Ground
 	// marks cover everything in this batch and in all before it, and nothing more.
 	marks Marks
 	// triggers are when the changes of endpoints in this batch happened, as far as the API tells.
@@ -45,6 +48,8 @@ type store struct {
 
 	mu          sync.Mutex
 	node        *compile.Node
+	settings    Settings
+	ranges      []netip.Prefix // declared for this node
 	assignments map[types.NamespacedName]*compile.Assignment
 	slices      map[types.NamespacedName]*compile.Slice // by the slice's own name
 	// byService lists the slices of a Service. A list is never changed in place: batches share it.
@@ -57,8 +62,9 @@ type store struct {
 	changes                   struct{ services, endpoints int }
 }
 
-func newStore() *store {
+func newStore(settings Settings) *store {
 	return &store{
+		settings:    settings,
 		wake:        make(chan struct{}, 1),
 		started:     time.Now(),
 		assignments: map[types.NamespacedName]*compile.Assignment{},
@@ -76,7 +82,7 @@ func (s *store) take() (batch, bool) {
 	if !s.hasAssignments || !s.hasSlices || s.node == nil {
 		return batch{}, false
 	}
-	b := batch{node: s.node, marks: s.marks, triggers: s.triggers, services: s.changes.services, endpoints: s.changes.endpoints}
+	b := batch{node: s.node, ground: groundOf(s.settings, s.node, s.ranges), marks: s.marks, triggers: s.triggers, services: s.changes.services, endpoints: s.changes.endpoints}
 	b.inputs = make([]input, 0, len(s.dirty))
 	for name := range s.dirty {
 		b.inputs = append(b.inputs, input{service: name, assignment: s.assignments[name], slices: s.byService[name]})
@@ -255,6 +261,9 @@ func (s nodeFeed) put(o *object[compile.Node]) {
 	if old == nil {
 		s.signal()
 		return
+	}
+	if !slices.Equal(old.PodCIDRs, o.value.PodCIDRs) {
+		s.signal()
 	}
 	if old.SameForwarding(o.value) {
 		return

@@ -171,6 +171,8 @@ type Node struct {
 	Zone   string
 	// Addresses are the node's own addresses as full-length prefixes, sorted: its InternalIPs, or its ExternalIPs if it has none.
 	Addresses []netip.Prefix
+	// PodCIDRs are the ranges of the node's own pods, sorted.
+	PodCIDRs []netip.Prefix
 	// Leaving says that the node is being deleted or about to be, so load balancers should send it nothing new.
 	Leaving bool
 }
@@ -200,6 +202,15 @@ func ParseNode(in *corev1.Node) (*Node, []Problem) {
 		}
 	}
 	out.Addresses = sorted(out.Addresses, netip.Prefix.Compare)
+	for i, s := range in.Spec.PodCIDRs {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			bad.add(fmt.Sprintf("spec.podCIDRs[%d]", i), s, "must be a CIDR such as 10.244.1.0/24")
+			continue
+		}
+		out.PodCIDRs = append(out.PodCIDRs, p.Masked())
+	}
+	out.PodCIDRs = sorted(out.PodCIDRs, netip.Prefix.Compare)
 	return out, bad
 }
 

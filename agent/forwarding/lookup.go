@@ -9,8 +9,6 @@ import (
 type Node struct {
 	// Addrs are the node's own addresses, loopback among them.
 	Addrs []netip.Addr
-	// ClusterCIDRs are the ranges of the cluster's pods. Without any of a family nobody's source is off the cluster.
-	ClusterCIDRs []netip.Prefix
 }
 
 // Packet is the first packet of a connection as it reaches the node or leaves one of its own sockets.
@@ -18,6 +16,8 @@ type Packet struct {
 	Protocol    Protocol
 	Source      netip.Addr
 	Destination netip.AddrPort
+	// In is the interface by which it came, empty if the node itself sends it.
+	In string
 	// Pinned is the endpoint to which the client's earlier connections to the same service port went, if its time is not over. The zero value: none.
 	Pinned netip.AddrPort
 }
@@ -77,9 +77,11 @@ func (s State) Lookup(n Node, p Packet) Verdict {
 	}
 	switch {
 	case found != nil:
-		return found.decide(n, p, how)
+		return found.decide(n, s.Ground(), p, how)
 	case known:
 		return Verdict{Fate: Rejected}
+	case slices.ContainsFunc(s.Ground().Ranges, func(r netip.Prefix) bool { return r.Contains(p.Destination.Addr()) }) && !slices.Contains(n.Addrs, p.Destination.Addr()):
+		return Verdict{Fate: Dropped}
 	}
 	return Verdict{}
 }
@@ -115,14 +117,14 @@ func servedAt(prefixes []netip.Prefix, a netip.Addr) bool {
 }
 
 // decide says what becomes of a packet that is for the service.
-func (s *Service) decide(n Node, p Packet, how frontend) Verdict {
+func (s *Service) decide(n Node, g Ground, p Packet, how frontend) Verdict {
 	v := Verdict{Service: s, source: p.Source, own: n.Addrs}
 	own := slices.Contains(n.Addrs, p.Source)
-	pod := n.isPod(p.Source)
+	pod := g.Pods.Match(p)
 	target := &s.Internal
 	switch {
 	case how == serviceIP:
-		v.masquerade = !pod && n.knowsPods(p.Source)
+		v.masquerade = g.MasqueradeAll || !pod && g.Pods.Known(p.Source)
 	case own || pod:
 		target = &s.ExternalFromHere
 		v.masquerade = own || !s.PreserveSource
@@ -161,13 +163,4 @@ func (s *Service) pinned(all []Endpoint, to netip.AddrPort) []Endpoint {
 		return all[i : i+1]
 	}
 	return all
-}
-
-func (n Node) isPod(a netip.Addr) bool {
-	return slices.ContainsFunc(n.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
-}
-
-// knowsPods says whether the node can tell pods of the address's family from others.
-func (n Node) knowsPods(a netip.Addr) bool {
-	return slices.ContainsFunc(n.ClusterCIDRs, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
 }

@@ -10,7 +10,8 @@ import (
 
 var (
 	podHere, podThere, outside, nodeIP = addr("10.244.1.2"), addr("10.244.2.9"), addr("192.0.2.2"), addr("10.0.0.1")
-	home                               = Node{Addrs: []netip.Addr{nodeIP, addr("127.0.0.1"), addr("fd00::1")}, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}
+	home                               = Node{Addrs: []netip.Addr{nodeIP, addr("127.0.0.1"), addr("fd00::1")}}
+	pods                               = Ground{Pods: PodTraffic{Sources: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}}
 	near, far                          = Endpoint{netip.MustParseAddrPort("10.244.1.2:8080"), true}, Endpoint{netip.MustParseAddrPort("10.244.2.2:8080"), false}
 	both                               = Target{Forward, []Endpoint{near, far}}
 )
@@ -26,7 +27,7 @@ func shop(change func(*Service)) State {
 	if change != nil {
 		change(s)
 	}
-	return State{}.With(s)
+	return State{}.On(pods).With(s)
 }
 
 func TestLookup(t *testing.T) {

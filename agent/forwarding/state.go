@@ -9,8 +9,9 @@ import (
 // State is an immutable snapshot of everything a backend forwards. The zero value is empty. It is a persistent hash trie:
 // With copies only the path to what it changes, so snapshots share the rest and Changes skips shared parts by comparing pointers.
 type State struct {
-	root *node
-	size int
+	root   *node
+	size   int
+	ground *Ground // nil for the zero value
 }
 
 const (
@@ -36,6 +37,22 @@ type node struct {
 type slot struct {
 	sub    *node
 	leaves []*Service
+}
+
+// Ground gives what holds for all services.
+func (s State) Ground() Ground {
+	if s.ground == nil {
+		return Ground{}
+	}
+	return *s.ground
+}
+
+// On gives the state with the same services on another ground. The caller must not change what g refers to afterwards.
+func (s State) On(g Ground) State {
+	if !s.Ground().Equal(g) {
+		s.ground = &g
+	}
+	return s
 }
 
 // Len gives the number of services.
@@ -91,10 +108,11 @@ func (n *node) each(yield func(*Service) bool) bool {
 // With gives the state that has svc in the place of what had its key. The caller must not change svc afterwards.
 func (s State) With(svc *Service) State {
 	root, grown := s.root.with(hashOf(svc.Key), 0, svc)
+	s.root = root
 	if grown {
-		return State{root, s.size + 1}
+		s.size++
 	}
-	return State{root, s.size}
+	return s
 }
 
 func (n *node) with(h uint64, depth int, svc *Service) (*node, bool) {
@@ -144,10 +162,10 @@ func (sl slot) with(h uint64, depth int, svc *Service) (slot, bool) {
 // Without gives the state that lacks the key.
 func (s State) Without(k ServiceKey) State {
 	root, shrunk := s.root.without(hashOf(k), 0, k)
-	if !shrunk {
-		return s
+	if shrunk {
+		s.root, s.size = root, s.size-1
 	}
-	return State{root, s.size - 1}
+	return s
 }
 
 func (n *node) without(h uint64, depth int, k ServiceKey) (*node, bool) {
@@ -197,7 +215,7 @@ type Change struct {
 	Prev, Next *Service
 }
 
-// Changes gives what differs from prev to next, in no particular order. Its cost is proportional to the number of differences for states
+// Changes gives which services differ from prev to next, in no particular order; the ground is not looked at. Its cost is proportional to the number of differences for states
 // that derive from one another, and to their size otherwise.
 func Changes(prev, next State) iter.Seq[Change] {
 	return func(yield func(Change) bool) { diffNodes(prev.root, next.root, yield) }

@@ -15,6 +15,15 @@ type NodeProxyStateSpec struct {
 	// +kubebuilder:validation:XValidation:rule="self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$')",message="must be a duration such as 200ms, 1s or 1m"
 	// +kubebuilder:validation:XValidation:rule="!self.matches('^(0|([0-9]{1,6}([.][0-9]{1,9})?(ms|s|m|h))+)$') || (duration(self) >= duration('100ms') && duration(self) <= duration('5m'))",message="must be between 100ms and 5m"
 	ReportInterval *metav1.Duration `json:"reportInterval,omitempty"`
+
+	// serviceRanges are the ranges of service IPs that policies declare for this node, in canonical form, sorted. What goes to an address in them that no
+	// Service has is dropped on the node.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=4096
+	// +kubebuilder:validation:items:MinLength=3
+	// +kubebuilder:validation:items:MaxLength=43
+	ServiceRanges []string `json:"serviceRanges,omitempty"`
 }
 
 // NodeProxyMode tells whether a node can do a proxy mode.

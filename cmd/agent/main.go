@@ -24,6 +24,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
 // version is set by the linker (-X main.version=...).
@@ -93,7 +94,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	klog.SetLogger(log.WithName("client-go"))
 
-	modes := agent.Modes(agent.Dataplanes{ClusterCIDRs: clusterCIDRs})
+	modes := agent.Modes()
 	if o.cleanup {
 		log.Info("Removing everything that the agent put into this node's kernel; open connections through services end")
 		return agent.Cleanup(ctx, log, modes)
@@ -119,7 +120,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	return agent.Run(ctx, agent.Config{
-		NodeName: o.nodeName, Version: versionOf(), API: api, Modes: modes, Conntrack: flows, Health: health, Metrics: metrics, Log: log,
+		NodeName: o.nodeName, Settings: agent.Settings{Pods: forwarding.PodTraffic{Sources: clusterCIDRs}}, Version: versionOf(), API: api, Modes: modes, Conntrack: flows, Health: health, Metrics: metrics, Log: log,
 	})
 }
 

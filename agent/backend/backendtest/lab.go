@@ -82,7 +82,7 @@ func newLab(t testing.TB, start Starter) *Lab {
 		l.serve(name)
 	}
 	l.meet()
-	subject, err := start(l.node, Config{ClusterCIDRs: clusterCIDRs})
+	subject, err := start(l.node)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +152,7 @@ func (l *Lab) sh(ns *netns.NS, script string) {
 // Program makes the node forward these Services and no others.
 func (l *Lab) Program(services ...*Service) {
 	l.Helper()
-	*l.world = World{Node: labNode(), Services: services}
+	*l.world = World{Node: labNode(), Ground: labGround(), Services: services}
 	if err := l.subject.Program(*l.world); err != nil {
 		l.Fatal(err)
 	}
@@ -166,6 +166,10 @@ func (l *Lab) Restart() {
 	}
 }
 
+func labGround() forwarding.Ground {
+	return forwarding.Ground{Pods: forwarding.PodTraffic{Sources: clusterCIDRs}}
+}
+
 func labNode() *corev1.Node {
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName, Labels: map[string]string{corev1.LabelTopologyZone: zoneHere}}}
 	for _, a := range places["node"].addrs {
@@ -176,7 +180,7 @@ func labNode() *corev1.Node {
 
 // lookupNode is what State.Lookup must know of the lab's node.
 func lookupNode() forwarding.Node {
-	n := forwarding.Node{ClusterCIDRs: clusterCIDRs}
+	var n forwarding.Node
 	for _, both := range [][2]netip.Addr{places["node"].addrs, secondAddrs, addrs("127.0.0.1", "::1")} {
 		n.Addrs = append(n.Addrs, both[:]...)
 	}

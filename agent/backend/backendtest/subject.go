@@ -3,7 +3,6 @@ package backendtest
 import (
 	"context"
 	"fmt"
-	"net/netip"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -20,19 +19,13 @@ type Subject interface {
 	Close() error
 }
 
-// Config is what a subject knows of the cluster besides the world.
-type Config struct {
-	// ClusterCIDRs are the ranges of the cluster's pods.
-	ClusterCIDRs []netip.Prefix
-}
-
 // Starter starts a subject in a node's network namespace.
-type Starter func(node *netns.NS, config Config) (Subject, error)
+type Starter func(node *netns.NS) (Subject, error)
 
 // Backend gives the starter of a backend. The function that makes one is called on a thread in the node's namespace.
-func Backend(open func(Config) (backend.Backend, error)) Starter {
-	return func(node *netns.NS, config Config) (Subject, error) {
-		s := &backendSubject{node: node, open: func() (backend.Backend, error) { return open(config) }}
+func Backend(open func() (backend.Backend, error)) Starter {
+	return func(node *netns.NS) (Subject, error) {
+		s := &backendSubject{node: node, open: open}
 		err := s.start()
 		return s, err
 	}

@@ -15,6 +15,7 @@ import (
 // World is all that a node is to forward.
 type World struct {
 	Node     *corev1.Node
+	Ground   forwarding.Ground
 	Services []*Service
 }
 
@@ -45,7 +46,7 @@ const (
 // State compiles the world for its node, as the agent does.
 func (w World) State() forwarding.State {
 	node, problems := compile.ParseNode(w.Node)
-	var state forwarding.State
+	state := forwarding.State{}.On(w.Ground)
 	for _, s := range w.Services {
 		assignment, p := compile.ParseAssignment(&s.ServiceAssignment)
 		problems = append(problems, p...)

@@ -32,7 +32,7 @@ func benchService(i, first, n int) *forwarding.Service {
 }
 
 func benchState(services int) forwarding.State {
-	var s forwarding.State
+	s := forwarding.State{}.On(ground)
 	for i := range services {
 		s = s.With(benchService(i, 0, 10))
 	}
@@ -146,7 +146,7 @@ func BenchmarkChange(b *testing.B) {
 					s.Affinity = c.affinity
 					return s
 				}
-				var prev forwarding.State
+				prev := forwarding.State{}.On(ground)
 				for i := range services {
 					prev = prev.With(service(i, 0, 10))
 				}

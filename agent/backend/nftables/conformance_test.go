@@ -9,7 +9,5 @@ import (
 
 // TestConformance holds this backend to the table that every backend is held to.
 func TestConformance(t *testing.T) {
-	backendtest.Run(t, backendtest.Backend(func(c backendtest.Config) (backend.Backend, error) {
-		return New(Config{ClusterCIDRs: c.ClusterCIDRs})
-	}))
+	backendtest.Run(t, backendtest.Backend(func() (backend.Backend, error) { return New() }))
 }

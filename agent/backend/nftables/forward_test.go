@@ -27,7 +27,7 @@ func web(family int, proto forwarding.Protocol) *forwarding.Service {
 }
 
 func state(services ...*forwarding.Service) forwarding.State {
-	var s forwarding.State
+	s := forwarding.State{}.On(ground)
 	for _, svc := range services {
 		s = s.With(svc)
 	}

@@ -46,11 +46,11 @@ func TestAgreesWithLookup(t *testing.T) {
 		{"pod 0", top.pods[0], both{podAddr(0, 0, 0).String(), podAddr(1, 0, 0).String()}},
 		{"pod elsewhere", top.client, elsewhere},
 	}
-	node := forwarding.Node{ClusterCIDRs: clusterCIDRs}
+	node := forwarding.Node{}
 	for family := range families {
 		node.Addrs = append(node.Addrs, nodeAddr.addr(family))
 	}
-	prev := new(forwarding.State)
+	prev := new(state())
 	for family := range families {
 		// The first packet from each place finds out who its neighbours are, which may take longer than a refusal is waited for.
 		next := state(web(family, forwarding.TCP))

@@ -98,12 +98,12 @@ type frontend struct {
 	pins bool
 }
 
-func newMirror(f *family, clusterCIDRs []netip.Prefix) *mirror {
+func newMirror(f *family, ground forwarding.Ground) *mirror {
 	m := &mirror{
 		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, pins: map[string]bool{},
 		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
 	}
-	for _, p := range clusterCIDRs {
+	for _, p := range ground.Pods.Sources {
 		if f.is(p.Addr()) {
 			m.clusterCIDRs = append(m.clusterCIDRs, p.Masked())
 		}

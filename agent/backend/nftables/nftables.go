@@ -15,14 +15,6 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
-// Config is what the rules depend on besides services.
-type Config struct {
-	// ClusterCIDRs are the pods' addresses, of both families. Traffic to service IPs from elsewhere is masqueraded, and traffic to external
-	// addresses from there counts as from here. None of a family: nothing of that family is masqueraded for being from
-	// outside, and only the node itself counts as here.
-	ClusterCIDRs []netip.Prefix
-}
-
 const (
 	// partSize bounds a transaction: each part of a larger load leaves every service either as it was or as it is to be.
 	partSize = 4 << 20
@@ -35,7 +27,6 @@ const (
 
 // Backend implements backend.Backend. Make one with New.
 type Backend struct {
-	config  Config
 	conn    *nfnl.Conn
 	watch   *nfnl.Watch
 	drifted chan struct{}
@@ -50,12 +41,12 @@ type Backend struct {
 var _ backend.Backend = (*Backend)(nil)
 
 // New opens nf_tables of the network namespace that the calling thread is in. It changes nothing.
-func New(config Config) (*Backend, error) {
+func New() (*Backend, error) {
 	conn, err := nfnl.Dial()
 	if err != nil {
 		return nil, fmt.Errorf("nftables: %w", err)
 	}
-	b := &Backend{config: config, conn: conn, drifted: make(chan struct{}, 1), partSize: partSize}
+	b := &Backend{conn: conn, drifted: make(chan struct{}, 1), partSize: partSize}
 	b.watch, err = nfnl.NewWatch(TableName, conn, b.signal)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("nftables: %w", err), conn.Close())
@@ -79,7 +70,7 @@ func (b *Backend) Close() error { return errors.Join(b.watch.Close(), b.conn.Clo
 
 // Apply implements backend.Backend.
 func (b *Backend) Apply(ctx context.Context, prev *forwarding.State, next forwarding.State) error {
-	if prev == nil || b.mirrors == nil {
+	if prev == nil || b.mirrors == nil || !prev.Ground().Equal(next.Ground()) {
 		return b.rebuild(ctx, next)
 	}
 	mirrors := b.mirrors
@@ -137,7 +128,7 @@ func (b *Backend) read(j *job, lenient bool) (generation uint32, err error) {
 	r := reader{b.conn, lenient}
 	j.mirrors = nil
 	for _, f := range families {
-		m, err := r.read(f, b.config.ClusterCIDRs, &b.tx)
+		m, err := r.read(f, j.next.Ground(), &b.tx)
 		if err != nil {
 			return 0, fmt.Errorf("read back: %w", err)
 		}

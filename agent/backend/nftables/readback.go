@@ -5,7 +5,6 @@ import (
 	"errors"
 	"maps"
 	"math/bits"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,8 +30,8 @@ func (r reader) check(err error) error {
 }
 
 // read gives the mirror of what the kernel holds in one family, with tx holding what completes its static part.
-func (r reader) read(f *family, clusterCIDRs []netip.Prefix, tx *transaction) (*mirror, error) {
-	m := newMirror(f, clusterCIDRs)
+func (r reader) read(f *family, ground forwarding.Ground, tx *transaction) (*mirror, error) {
+	m := newMirror(f, ground)
 	m.tx = tx
 	chains, exists, err := r.conn.Chains(m.table())
 	if err := r.check(err); err != nil {

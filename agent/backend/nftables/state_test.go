@@ -48,7 +48,7 @@ func contentOf(f *family, front *frontend) frontendContent {
 func kernelContent(t rapidTB, b *Backend) map[string]frontendContent {
 	content := map[string]frontendContent{}
 	for _, f := range families {
-		m, err := reader{conn: b.conn}.read(f, b.config.ClusterCIDRs, &transaction{dry: true})
+		m, err := reader{conn: b.conn}.read(f, ground, &transaction{dry: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -148,7 +148,7 @@ func drawTarget(t *rapid.T, local bool) forwarding.Target {
 }
 
 func drawState(t *rapid.T) forwarding.State {
-	var s forwarding.State
+	s := forwarding.State{}.On(ground)
 	for i := range rapid.IntRange(0, 6).Draw(t, "services") {
 		svc := &forwarding.Service{Key: forwarding.ServiceKey{Namespace: "ns", Name: fmt.Sprint("s", i), Port: 80, Protocol: forwarding.TCP}}
 		svc.Key.Protocol = rapid.SampledFrom([]forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP}).Draw(t, "protocol")
@@ -249,7 +249,7 @@ var someRanges = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/30"), netip.Mus
 
 // everything is a state in which each kind of rule occurs.
 func everything() forwarding.State {
-	var s forwarding.State
+	s := forwarding.State{}.On(ground)
 	for family := range families {
 		for i, proto := range []forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP} {
 			svc := web(family, proto)

@@ -34,6 +34,7 @@ var (
 	serviceIP    = both{"10.99.0.1", "fd00:99::1"}
 	externalIP   = both{"198.51.100.7", "2001:db8:7::7"}
 	clusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
+	ground       = forwarding.Ground{Pods: forwarding.PodTraffic{Sources: clusterCIDRs}}
 )
 
 // both is an address in each family.
@@ -89,7 +90,7 @@ func link(t testing.TB, a, b *netns.NS, name string) {
 func newBackend(t testing.TB, ns *netns.NS) *Backend {
 	t.Helper()
 	var b *Backend
-	if err := ns.Do(func() (err error) { b, err = New(Config{ClusterCIDRs: clusterCIDRs}); return err }); err != nil {
+	if err := ns.Do(func() (err error) { b, err = New(); return err }); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
