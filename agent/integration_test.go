@@ -140,9 +140,8 @@ func kernelLacks(t *testing.T, ns *netns.NS, services ...string) []backend.Drift
 	want := forwarding.State{}.On(forwarding.Ground{Pods: settings.Pods})
 	for _, line := range services {
 		words := strings.Fields(line)
-		target := forwarding.Target{Action: forwarding.Reject}
+		var target forwarding.Target
 		for _, w := range words[2:] {
-			target.Action = forwarding.Forward
 			target.Endpoints = append(target.Endpoints, forwarding.Endpoint{AddrPort: netip.AddrPortFrom(netip.MustParseAddr(w), 8080)})
 		}
 		want = want.With(&forwarding.Service{

@@ -136,25 +136,15 @@ func targets(list []candidate, zone string) (cluster, local forwarding.Target) {
 		}
 		return 1
 	})
-	var any bool
 	for _, family := range [2][]candidate{list[:firstV6], list[firstV6:]} {
 		everywhere, here := choose(family, zone)
-		any = any || len(everywhere) > 0
 		cluster.Endpoints = appendEndpoints(cluster.Endpoints, everywhere)
 		local.Endpoints = appendEndpoints(local.Endpoints, here)
+		if len(everywhere) > 0 && len(here) == 0 {
+			local.Elsewhere |= forwarding.FamilyOf(everywhere[0].addr.Addr())
+		}
 	}
-	cluster.Action, local.Action = action(cluster, any), action(local, any)
 	return cluster, local
-}
-
-func action(t forwarding.Target, anywhere bool) forwarding.Action {
-	switch {
-	case len(t.Endpoints) > 0:
-		return forwarding.Forward
-	case anywhere:
-		return forwarding.Drop
-	}
-	return forwarding.Reject
 }
 
 func appendEndpoints(out []forwarding.Endpoint, list []candidate) []forwarding.Endpoint {

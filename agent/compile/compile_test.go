@@ -109,7 +109,13 @@ func node(zone string) *Node {
 
 // show writes a target as "forward ADDRESS* ADDRESS", a star at local endpoints, "drop" or "reject".
 func show(t forwarding.Target) string {
-	words := []string{map[forwarding.Action]string{forwarding.Forward: "forward", forwarding.Drop: "drop", forwarding.Reject: "reject"}[t.Action]}
+	words := []string{"reject"}
+	switch {
+	case len(t.Endpoints) > 0:
+		words[0] = "forward"
+	case t.Elsewhere != 0:
+		words[0] = "drop"
+	}
 	for _, e := range t.Endpoints {
 		s := e.AddrPort.Addr().String()
 		if e.Local {
@@ -252,7 +258,7 @@ func TestEverythingButEndpoints(t *testing.T) {
 	web.Ports = append(web.Ports, discoveryv1.EndpointPort{Name: &dns, Port: &dnsPort, Protocol: &udp})
 	got := Services(a, []*Slice{parsedSlice(t, web)}, node("a"))
 	target := func(addrPort string) forwarding.Target {
-		return forwarding.Target{Action: forwarding.Forward, Endpoints: []forwarding.Endpoint{{AddrPort: netip.MustParseAddrPort(addrPort)}}}
+		return forwarding.Target{Endpoints: []forwarding.Endpoint{{AddrPort: netip.MustParseAddrPort(addrPort)}}}
 	}
 	base := forwarding.Service{
 		Scheduler:       forwarding.SourceHash,

@@ -77,8 +77,10 @@ func shuffle[T any](list []T) []T {
 }
 
 func checkTarget(t *rapid.T, target forwarding.Target) {
-	if (target.Action == forwarding.Forward) != (len(target.Endpoints) > 0) {
-		t.Fatalf("action %v with %d endpoints", target.Action, len(target.Endpoints))
+	for _, e := range target.Endpoints {
+		if f := forwarding.FamilyOf(e.AddrPort.Addr()); target.Elsewhere&f != 0 || target.Action(f) != forwarding.Forward {
+			t.Fatalf("endpoint %v although they are elsewhere", e)
+		}
 	}
 	for i := 1; i < len(target.Endpoints); i++ {
 		if target.Endpoints[i-1].AddrPort.Compare(target.Endpoints[i].AddrPort) >= 0 {
@@ -118,7 +120,6 @@ func TestAgainstTheRules(t *testing.T) {
 
 func ruled(all []SliceEndpoint, zone string, local bool) forwarding.Target {
 	var out forwarding.Target
-	anywhere := false
 	for _, v4 := range []bool{true, false} {
 		count := func(match func(SliceEndpoint) bool) (n int) {
 			for _, e := range all {
@@ -143,7 +144,6 @@ func ruled(all []SliceEndpoint, zone string, local bool) forwarding.Target {
 		onNode := func(e SliceEndpoint) bool { return e.Flags&HintedHere != 0 }
 		hasNode := func(e SliceEndpoint) bool { return e.Flags&NodeHinted != 0 }
 
-		anywhere = anywhere || count(ready) > 0 || count(draining) > 0
 		var use func(SliceEndpoint) bool
 		switch {
 		case local && count(both(here, ready)) > 0:
@@ -159,6 +159,9 @@ func ruled(all []SliceEndpoint, zone string, local bool) forwarding.Target {
 		default:
 			use = ready
 		}
+		if anywhere := count(ready)+count(draining) > 0; anywhere && count(use) == 0 {
+			out.Elsewhere |= map[bool]forwarding.Families{true: forwarding.IPv4, false: forwarding.IPv6}[v4]
+		}
 		for _, e := range all {
 			if e.Addr.Is4() == v4 && use(e) {
 				out.Endpoints = append(out.Endpoints, forwarding.Endpoint{AddrPort: netip.AddrPortFrom(e.Addr, 8080), Local: here(e)})
@@ -166,12 +169,6 @@ func ruled(all []SliceEndpoint, zone string, local bool) forwarding.Target {
 		}
 	}
 	slices.SortFunc(out.Endpoints, forwarding.Endpoint.Compare)
-	switch {
-	case len(out.Endpoints) > 0:
-		out.Action = forwarding.Forward
-	case anywhere:
-		out.Action = forwarding.Drop
-	}
 	return out
 }
 

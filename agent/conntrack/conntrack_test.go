@@ -26,7 +26,6 @@ func dns(nodePort uint16, endpoints ...string) *forwarding.Service {
 		NodePort:   nodePort, NodePortAddresses: []netip.Prefix{netip.MustParsePrefix("192.168.0.1/32")},
 	}
 	for _, e := range endpoints {
-		s.Internal.Action = forwarding.Forward
 		s.Internal.Endpoints = append(s.Internal.Endpoints, forwarding.Endpoint{AddrPort: netip.MustParseAddrPort(e)})
 	}
 	s.External, s.ExternalFromHere = s.Internal, s.Internal

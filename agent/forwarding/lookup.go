@@ -137,16 +137,16 @@ func (s *Service) decide(n Node, g Ground, p Packet, how frontend) Verdict {
 		v.Fate = Dropped
 		return v
 	}
-	switch target.Action {
+	switch target.Action(FamilyOf(p.Destination.Addr())) {
 	case Drop:
 		v.Fate = Dropped
 	case Reject:
 		v.Fate = Rejected
 	case Forward:
-		v.Fate, v.Endpoints = Rejected, nil
+		v.Fate = Forwarded
 		for _, e := range target.Endpoints {
-			if e.AddrPort.Addr().Is4() == p.Destination.Addr().Is4() {
-				v.Fate, v.Endpoints = Forwarded, append(v.Endpoints, e)
+			if FamilyOf(e.AddrPort.Addr()) == FamilyOf(p.Destination.Addr()) {
+				v.Endpoints = append(v.Endpoints, e)
 			}
 		}
 		v.Endpoints = s.pinned(v.Endpoints, p.Pinned)

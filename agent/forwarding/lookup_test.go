@@ -13,7 +13,7 @@ var (
 	home                               = Node{Addrs: []netip.Addr{nodeIP, addr("127.0.0.1"), addr("fd00::1")}}
 	pods                               = Ground{Pods: PodTraffic{Sources: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}}
 	near, far                          = Endpoint{netip.MustParseAddrPort("10.244.1.2:8080"), true}, Endpoint{netip.MustParseAddrPort("10.244.2.2:8080"), false}
-	both                               = Target{Forward, []Endpoint{near, far}}
+	both                               = Target{Endpoints: []Endpoint{near, far}}
 )
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -32,7 +32,7 @@ func shop(change func(*Service)) State {
 
 func TestLookup(t *testing.T) {
 	local := func(s *Service) {
-		s.PreserveSource, s.External = true, Target{Forward, []Endpoint{near}}
+		s.PreserveSource, s.External = true, Target{Endpoints: []Endpoint{near}}
 	}
 	guarded := func(s *Service) {
 		s.LoadBalancerIPs, s.SourceRanges = s.ExternalIPs, []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}
@@ -55,8 +55,8 @@ func TestLookup(t *testing.T) {
 		{"external IP, local policy", local, outside, "198.51.100.7:80", "forwarded here"},
 		{"external IP, local policy, from a pod", local, podThere, "198.51.100.7:80", "forwarded here there"},
 		{"external IP, local policy, from the node", local, nodeIP, "198.51.100.7:80", "forwarded here+m there+m"},
-		{"local policy and nobody here", func(s *Service) { local(s); s.External = Target{Action: Drop} }, outside, "10.0.0.1:30080", "dropped"},
-		{"local policy and nobody here, from a pod", func(s *Service) { local(s); s.External = Target{Action: Drop} }, podThere, "10.0.0.1:30080", "forwarded here there"},
+		{"local policy and nobody here", func(s *Service) { local(s); s.External = Target{Elsewhere: IPv4} }, outside, "10.0.0.1:30080", "dropped"},
+		{"local policy and nobody here, from a pod", func(s *Service) { local(s); s.External = Target{Elsewhere: IPv4} }, podThere, "10.0.0.1:30080", "forwarded here there"},
 		{"node port", nil, outside, "10.0.0.1:30080", "forwarded here+m there+m"},
 		{"node port at an address without", nil, outside, "127.0.0.1:30080", "passed"},
 		{"node port at all but loopback", func(s *Service) { s.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")} }, nodeIP, "127.0.0.1:30080", "passed"},
@@ -64,7 +64,7 @@ func TestLookup(t *testing.T) {
 		{"node port at another node's address", nil, outside, "10.0.0.2:30080", "passed"},
 		{"no endpoint", func(s *Service) { s.Internal = Target{} }, podHere, "10.99.0.1:80", "rejected"},
 		{"no endpoint of the family", func(s *Service) { s.ServiceIPs = append(s.ServiceIPs, addr("fd00:99::1")) }, addr("fd00:244::2"), "[fd00:99::1]:80", "rejected"},
-		{"an endpoint at the node's own address", func(s *Service) { s.External = Target{Forward, []Endpoint{{netip.AddrPortFrom(nodeIP, 8080), true}}} }, outside, "10.0.0.1:30080", "forwarded here"},
+		{"an endpoint at the node's own address", func(s *Service) { s.External = Target{Endpoints: []Endpoint{{netip.AddrPortFrom(nodeIP, 8080), true}}} }, outside, "10.0.0.1:30080", "forwarded here"},
 		{"source ranges keep out", guarded, outside, "198.51.100.7:80", "dropped"},
 		{"source ranges let in", guarded, addr("203.0.113.9"), "198.51.100.7:80", "forwarded here+m there+m"},
 		{"source ranges guard no node port", guarded, outside, "10.0.0.1:30080", "forwarded here+m there+m"},

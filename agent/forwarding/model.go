@@ -75,6 +75,22 @@ type Endpoint struct {
 // Compare orders endpoints by address and port.
 func (e Endpoint) Compare(o Endpoint) int { return e.AddrPort.Compare(o.AddrPort) }
 
+// Families is a set of address families.
+type Families uint8
+
+const (
+	IPv4 Families = 1 << iota
+	IPv6
+)
+
+// FamilyOf gives the family of an address.
+func FamilyOf(a netip.Addr) Families {
+	if a.Is4() {
+		return IPv4
+	}
+	return IPv6
+}
+
 // Action is what happens to a packet that a Target matches.
 type Action uint8
 
@@ -87,17 +103,28 @@ const (
 	Forward
 )
 
-// Target is where traffic of one kind goes.
+// Target is where traffic of one kind goes. Each family is by itself: what comes to an IPv4 address knows nothing of the IPv6 endpoints.
 type Target struct {
-	Action Action
-	// Endpoints is sorted by Endpoint.Compare, without duplicates, of both families; empty unless Action is Forward. A frontend
-	// uses only the endpoints of its own family; if there are none of it, its traffic is rejected.
+	// Endpoints is sorted by Endpoint.Compare, without duplicates, of both families: IPv4 first.
 	Endpoints []Endpoint
+	// Elsewhere are the families in which the Service has endpoints but none that this traffic may use from this node. No family is in both.
+	Elsewhere Families
+}
+
+// Action gives what happens to traffic of one family.
+func (t Target) Action(f Families) Action {
+	if n := len(t.Endpoints); n > 0 && (FamilyOf(t.Endpoints[0].AddrPort.Addr()) == f || FamilyOf(t.Endpoints[n-1].AddrPort.Addr()) == f) {
+		return Forward
+	}
+	if t.Elsewhere&f != 0 {
+		return Drop
+	}
+	return Reject
 }
 
 // Equal says whether two targets are the same.
 func (t Target) Equal(o Target) bool {
-	return t.Action == o.Action && slices.Equal(t.Endpoints, o.Endpoints)
+	return t.Elsewhere == o.Elsewhere && slices.Equal(t.Endpoints, o.Endpoints)
 }
 
 // Service is one port of one Service as one node forwards it. The slices are never changed after the Service is in a State.

@@ -17,7 +17,7 @@ import (
 
 // benchService is service i with n endpoints. Host numbers go on from first.
 func benchService(i, first, n int) *forwarding.Service {
-	target := forwarding.Target{Action: forwarding.Forward}
+	var target forwarding.Target
 	for j := range n {
 		e := i*16 + first + j
 		target.Endpoints = append(target.Endpoints, forwarding.Endpoint{

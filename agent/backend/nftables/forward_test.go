@@ -163,7 +163,7 @@ func TestExternalLocal(t *testing.T) {
 				}
 			}
 			dropped := *s
-			dropped.External = forwarding.Target{Action: forwarding.Drop}
+			dropped.External = forwarding.Target{Elsewhere: forwarding.IPv4 | forwarding.IPv6}
 			apply(t, b, nil, state(&dropped))
 			for _, at := range addrs {
 				if _, _, err := ask(top.client, "tcp", at, netip.Addr{}); !isTimeout(err) {

@@ -140,9 +140,6 @@ func empty(slot []byte) bool { return bytes.Equal(slot, noSlot[:len(slot)]) }
 
 // endpoints appends the target's endpoints of this family in the form of slots; they stay sorted.
 func (f *family) endpoints(to []byte, t *forwarding.Target) []byte {
-	if t.Action != forwarding.Forward {
-		return to
-	}
 	for _, e := range t.Endpoints {
 		if a := e.AddrPort.Addr(); f.is(a) {
 			b := a.As16()

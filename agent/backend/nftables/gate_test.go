@@ -136,7 +136,7 @@ func TestSourceRangesUnserved(t *testing.T) {
 	if server, _, err := ask(top.pods[0], "tcp", vip, netip.Addr{}); err != nil || server.Addr() != podAddr(0, 1, 0) {
 		t.Errorf("pod in range: %v, %v; want the second pod", server, err)
 	}
-	with(forwarding.Target{Action: forwarding.Drop}, client)
+	with(forwarding.Target{Elsewhere: forwarding.IPv4 | forwarding.IPv6}, client)
 	served(t, top.client, "tcp", vip, netip.Addr{}, false, "no endpoint here")
 }
 

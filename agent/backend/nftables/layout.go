@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
 // TableName is the name of our tables, one of family ip and one of family ip6. Everything in them is ours, nothing else is.
@@ -36,16 +37,17 @@ type family struct {
 	source, destination      nfnl.Field
 	loopback                 netip.Prefix
 	is                       func(netip.Addr) bool
+	bit                      forwarding.Families
 }
 
 var families = [...]*family{
 	{
 		proto: unix.NFPROTO_IPV4, name: "ip", addrLen: 4, addrType: typeIPv4, saddrOffset: 12, daddrOffset: 16,
-		source: nfnl.IPv4Source, destination: nfnl.IPv4Destination, loopback: netip.MustParsePrefix("127.0.0.0/8"), is: netip.Addr.Is4,
+		source: nfnl.IPv4Source, destination: nfnl.IPv4Destination, loopback: netip.MustParsePrefix("127.0.0.0/8"), is: netip.Addr.Is4, bit: forwarding.IPv4,
 	},
 	{
 		proto: unix.NFPROTO_IPV6, name: "ip6", addrLen: 16, addrType: typeIPv6, saddrOffset: 8, daddrOffset: 24,
-		source: nfnl.IPv6Source, destination: nfnl.IPv6Destination, loopback: netip.MustParsePrefix("::1/128"), is: netip.Addr.Is6,
+		source: nfnl.IPv6Source, destination: nfnl.IPv6Destination, loopback: netip.MustParsePrefix("::1/128"), is: netip.Addr.Is6, bit: forwarding.IPv6,
 	},
 }
 

@@ -99,7 +99,7 @@ func drawShape(t *rapid.T, family int, proto forwarding.Protocol) *forwarding.Se
 	}
 	cluster, local := forwarding.Target{}, forwarding.Target{}
 	if len(all) > 0 {
-		cluster, local = forward(all...), forwarding.Target{Action: forwarding.Drop}
+		cluster, local = forward(all...), forwarding.Target{Elsewhere: forwarding.IPv4 | forwarding.IPv6}
 	}
 	if len(here) > 0 {
 		local = forward(here...)

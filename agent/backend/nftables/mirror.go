@@ -361,7 +361,7 @@ func (m *mirror) place(f *frontend, w *want) {
 	n := len(m.endpoints) / m.slotLen()
 	if n == 0 {
 		a := refuse
-		if w.target.Action == forwarding.Drop {
+		if w.target.Action(m.bit) == forwarding.Drop {
 			a = drop
 		}
 		m.setVerdict(w, f, a, balancer{})

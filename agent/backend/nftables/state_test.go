@@ -100,7 +100,7 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 				c := frontendContent{action: refuse, sources: w.sources}
 				var list []string
 				for _, e := range w.target.Endpoints {
-					if f.is(e.AddrPort.Addr()) && w.target.Action == forwarding.Forward {
+					if f.is(e.AddrPort.Addr()) {
 						b, _ := e.AddrPort.MarshalBinary()
 						b[len(b)-2], b[len(b)-1] = b[len(b)-1], b[len(b)-2] // it has the port little-endian
 						list = append(list, fmt.Sprintf("%x", b))
@@ -110,7 +110,7 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 				case len(list) > 0:
 					slices.Sort(list)
 					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " "), w.sources, w.pin}
-				case w.target.Action == forwarding.Drop:
+				case w.target.Action(f.bit) == forwarding.Drop:
 					c = frontendContent{action: drop}
 				}
 				content[fmt.Sprintf("%s %v", f.name, w.key)] = c
@@ -127,11 +127,13 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 }
 
 func drawTarget(t *rapid.T, local bool) forwarding.Target {
-	target := forwarding.Target{Action: forwarding.Action(rapid.IntRange(0, 3).Draw(t, "action"))}
-	if target.Action < forwarding.Forward {
-		return target
+	if rapid.Bool().Draw(t, "empty") {
+		return forwarding.Target{Elsewhere: forwarding.Families(rapid.IntRange(0, 3).Draw(t, "elsewhere"))}
 	}
-	target.Action = forwarding.Forward
+	var (
+		target forwarding.Target
+		have   forwarding.Families
+	)
 	n := rapid.SampledFrom([]int{1, 2, 3, 5, 8, 9, 20}).Draw(t, "endpoints")
 	for i := range n {
 		family := 0
@@ -144,6 +146,10 @@ func drawTarget(t *rapid.T, local bool) forwarding.Target {
 	}
 	slices.SortFunc(target.Endpoints, forwarding.Endpoint.Compare)
 	target.Endpoints = slices.CompactFunc(target.Endpoints, func(a, b forwarding.Endpoint) bool { return a.AddrPort == b.AddrPort })
+	for _, e := range target.Endpoints {
+		have |= forwarding.FamilyOf(e.AddrPort.Addr())
+	}
+	target.Elsewhere = forwarding.Families(rapid.IntRange(0, 3).Draw(t, "elsewhere")) &^ have
 	return target
 }
 
@@ -258,7 +264,7 @@ func everything() forwarding.State {
 			switch i {
 			case 0:
 				svc.Scheduler, svc.PreserveSource = forwarding.SourceHash, true
-				svc.External = forwarding.Target{Action: forwarding.Drop}
+				svc.External = forwarding.Target{Elsewhere: forwarding.IPv4 | forwarding.IPv6}
 			case 1:
 				svc.LoadBalancerIPs, svc.SourceRanges = svc.ExternalIPs, someRanges
 				svc.Affinity = 3 * time.Hour

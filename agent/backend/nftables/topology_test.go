@@ -232,5 +232,5 @@ func endpoints(family, n int, port uint16) []forwarding.Endpoint {
 }
 
 func forward(list ...forwarding.Endpoint) forwarding.Target {
-	return forwarding.Target{Action: forwarding.Forward, Endpoints: list}
+	return forwarding.Target{Endpoints: list}
 }
