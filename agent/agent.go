@@ -38,6 +38,8 @@ type Config struct {
 	API *rest.Config
 	// Settings are those at the start.
 	Settings Settings
+	// Changes brings other settings while the agent runs; each takes the place of all before. nil, or closed: they stay as they are.
+	Changes <-chan Settings
 	// Modes is the table of backends.
 	Modes []Mode
 	// Conntrack is the node's connection tracking, where UDP flows to endpoints that are gone are ended. nil: they are left to themselves.
@@ -88,6 +90,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	running.Go(func() { logWaiting(ctx, c.Log, waitingPeriod, c.API.Host, c.NodeName, h.lacks) })
 	running.Go(func() { r.run(ctx) })
+	running.Go(func() { s.follow(ctx, c.Changes) })
 	if c.Conntrack != nil {
 		running.Go(func() { flows.Run(ctx, c.Conntrack) })
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 )
 
 // Settings are what the node's administrator chooses for all Services alike. They may change while the agent runs.
@@ -16,6 +17,8 @@ type Settings struct {
 	NodeCIDR bool
 	// MasqueradeAll and DropInvalid are as in forwarding.Ground.
 	MasqueradeAll, DropInvalid bool
+	// Conntrack is what the node's connection tracking should be able to hold. The zero value leaves it as it is.
+	Conntrack sysctl.Conntrack
 }
 
 // groundOf puts together what holds for all Services of the node: what its administrator chose, what its Node object says, and which ranges the policies

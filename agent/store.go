@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"maps"
 	"net/netip"
 	"slices"
@@ -109,6 +110,29 @@ func (s *store) pending() (services, endpoints int, lacks string) {
 		lacks = "this agent's own Node"
 	}
 	return s.changes.services, s.changes.endpoints, lacks
+}
+
+// configure replaces the settings.
+func (s *store) configure(settings Settings) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settings = settings
+	s.signal()
+}
+
+// follow takes other settings in as they come, until there are no more or ctx ends.
+func (s *store) follow(ctx context.Context, changes <-chan Settings) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case settings, open := <-changes:
+			if !open {
+				return
+			}
+			s.configure(settings)
+		}
+	}
 }
 
 // nodeLeaving says whether the node is being deleted.
