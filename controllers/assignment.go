@@ -12,10 +12,10 @@ import (
 // defaultAffinitySeconds is the API server's default for sessionAffinityConfig.clientIP.timeoutSeconds.
 const defaultAffinitySeconds = 10800
 
-// compileAssignment says what agents must know of a Service that a policy covers and to which additional addresses and VIPs were given. It is pure. Addresses
+// CompileAssignment says what agents must know of a Service that a policy covers and to which additional addresses and VIPs were given. It is pure. Addresses
 // are in canonical form whatever form the Service has them in (10.0.0.01 and ::ffff:10.0.0.1 are valid in old objects), and what is no
 // address at all is left out: agents could not use it.
-func compileAssignment(svc *corev1.Service, policy *v1alpha1.ServiceProxyPolicy, additional, vips []netip.Addr) v1alpha1.ServiceAssignmentSpec {
+func CompileAssignment(svc *corev1.Service, policy *v1alpha1.ServiceProxyPolicy, additional, vips []netip.Addr) v1alpha1.ServiceAssignmentSpec {
 	s := &svc.Spec
 	out := v1alpha1.ServiceAssignmentSpec{
 		PolicyName:            policy.Name,

@@ -128,7 +128,7 @@ func TestCompileAssignment(t *testing.T) {
 				vips = append(vips, netip.MustParseAddr(a))
 			}
 			before := svc.DeepCopy()
-			if diff := cmp.Diff(want, compileAssignment(svc, policy, additional, vips)); diff != "" {
+			if diff := cmp.Diff(want, CompileAssignment(svc, policy, additional, vips)); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 			if !equality.Semantic.DeepEqual(before, svc) {

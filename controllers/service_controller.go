@@ -127,7 +127,7 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		return ctrl.Result{}, err
 	}
 	shortage = errors.Join(shortage, short)
-	assignment, err = r.assign(ctx, svc, assignment, compileAssignment(svc, spec, additional, vips.forwarded))
+	assignment, err = r.assign(ctx, svc, assignment, CompileAssignment(svc, spec, additional, vips.forwarded))
 	if err != nil {
 		return ctrl.Result{}, err
 	}
