@@ -42,19 +42,22 @@ func service(a *Assignment, p *Port, slicesOf []*Slice, node *Node) *forwarding.
 	if len(a.LoadBalancerIPs) > 0 {
 		s.LoadBalancerIPs, s.SourceRanges = a.LoadBalancerIPs, a.sourceRangesOn(node)
 	}
-	cluster, local := targets(candidates(p, slicesOf), node.Zone)
+	all := candidates(p, slicesOf)
+	cluster, local := targets(all, node.Zone)
 	s.Internal = cluster
 	if a.InternalLocal {
 		s.Internal = local
 	}
-	if len(a.ExternalIPs) == 0 && p.NodePort == 0 {
-		return s // nothing outside reaches it: the external targets stay empty
+	if len(a.ExternalIPs) > 0 || p.NodePort != 0 { // else nothing outside reaches it: the external targets stay empty
+		s.External, s.ExternalFromHere = cluster, cluster
+		if a.ExternalLocal {
+			// Traffic from this node and its pods does not come from outside, whichever address it uses: it is never
+			// bound to local endpoints.
+			s.External, s.PreserveSource = local, true
+		}
 	}
-	s.External, s.ExternalFromHere = cluster, cluster
-	if a.ExternalLocal {
-		// Traffic from this node and its pods does not come from outside, whichever address it uses: it is never
-		// bound to local endpoints.
-		s.External, s.PreserveSource = local, true
+	if p.Protocol == forwarding.UDP {
+		s.Lingering = lingering(all, s)
 	}
 	return s
 }

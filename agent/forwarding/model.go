@@ -152,6 +152,9 @@ type Service struct {
 	ExternalFromHere Target
 	// PreserveSource says that External keeps the client's address (external traffic policy Local): no masquerade.
 	PreserveSource bool
+	// Lingering are endpoints that still serve but get no new connection from this node: they terminate, or traffic policy or topology prefer others.
+	// UDP flows that lead to one go on, as TCP connections do. Sorted; only of UDP services, and none of them is in a target.
+	Lingering []netip.AddrPort
 
 	// Affinity pins a client to its endpoint for this long after its last connection. 0: no affinity.
 	Affinity time.Duration
@@ -169,7 +172,7 @@ func (s *Service) Equal(o *Service) bool {
 	return s.Key == o.Key && s.Scheduler == o.Scheduler && s.NodePort == o.NodePort &&
 		s.PreserveSource == o.PreserveSource && s.Affinity == o.Affinity &&
 		slices.Equal(s.ServiceIPs, o.ServiceIPs) && slices.Equal(s.ExternalIPs, o.ExternalIPs) &&
-		slices.Equal(s.NodePortAddresses, o.NodePortAddresses) &&
+		slices.Equal(s.NodePortAddresses, o.NodePortAddresses) && slices.Equal(s.Lingering, o.Lingering) &&
 		s.Internal.Equal(o.Internal) && s.External.Equal(o.External) && s.ExternalFromHere.Equal(o.ExternalFromHere) &&
 		slices.Equal(s.SourceRanges, o.SourceRanges) && slices.Equal(s.LoadBalancerIPs, o.LoadBalancerIPs)
 }
