@@ -76,7 +76,8 @@ func Run(ctx context.Context, c Config) error {
 	m := newMetrics(s, flows.Ended)
 	h := newHealth(s, m)
 	r := newReporter(c.Log.WithName("report"), c.Version, clients.writer(c.NodeName))
-	checks := healthport.New(c.Log.WithName("healthport"), func() bool { _, ok := h.healthy(); return ok })
+	// As with kube-proxy, that the node is about to go is left out: its pods end one by one, and load balancers learn of that by the same port.
+	checks := healthport.New(c.Log.WithName("healthport"), func() bool { _, ok := h.live(); return ok })
 	defer checks.Close()
 	l := newLoop(c.Log, s, c.Modes, m, h, listeners{changed: changed, checked: checks.Set, report: r.publish})
 

@@ -44,6 +44,7 @@ func BenchmarkChange(b *testing.B) {
 			r.must(r.nodes.Replace([]any{newNode("a")}, "1"))
 			r.must(r.assignments.Replace(assignments, "1"))
 			r.must(r.slices.Replace(slices, "1"))
+			r.must(r.states.Replace(nil, "1"))
 			r.loop.pass(b.Context())
 			if r.loop.planes[0].want.Len() != size {
 				b.Fatalf("%d services are forwarded", r.loop.planes[0].want.Len())

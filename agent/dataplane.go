@@ -20,6 +20,8 @@ type Mode struct {
 	Name v1alpha1.ProxyMode
 	// Probe tries whether this node can do the mode. It changes nothing.
 	Probe func(context.Context) error
+	// Blank says whether the kernel holds nothing of the mode, as after a boot. It changes nothing. nil: that cannot be told.
+	Blank func(context.Context) (bool, error)
 	// New makes the mode's backend. It is called once the mode is needed.
 	New func() (backend.Backend, error)
 	// Cleanup removes what the mode left in the kernel, without New.

@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"sync"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
 const (
@@ -49,13 +51,24 @@ func (h *health) waiting(since time.Time) {
 	}
 }
 
-// healthBody is the answer to a probe; kube-proxy's fields keep kube-proxy's names.
+// healthBody is the answer to a probe; kube-proxy's fields keep kube-proxy's names and meaning.
 type healthBody struct {
-	LastUpdated  time.Time `json:"lastUpdated"`
-	CurrentTime  time.Time `json:"currentTime"`
-	NodeEligible *bool     `json:"nodeEligible,omitempty"`
+	// LastUpdated is when the kernel last held all it should: now, as long as the answer is a good one.
+	LastUpdated time.Time `json:"lastUpdated"`
+	CurrentTime time.Time `json:"currentTime"`
+	// NodeEligible says that the node is not about to go; only /healthz has it.
+	NodeEligible *bool `json:"nodeEligible,omitempty"`
+	// Healthy says that no update waits for too long, whatever the node's future.
+	Healthy bool `json:"healthy"`
+	// Status says the same by family, which kube-proxy programs one by one and this agent together. It is empty before the first time.
+	Status map[corev1.IPFamily]familyHealth `json:"status,omitempty"`
 	// Problem says what is wrong, or what is still waited for.
 	Problem string `json:"problem,omitempty"`
+}
+
+type familyHealth struct {
+	LastUpdated time.Time `json:"lastUpdated"`
+	Healthy     bool      `json:"healthy"`
 }
 
 // live says whether the agent does its work. That it waits for the API server does not count: a restart would not help.
@@ -63,14 +76,17 @@ func (h *health) live() (healthBody, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
-	body := healthBody{LastUpdated: h.lastUpdated, CurrentTime: now}
+	body := healthBody{LastUpdated: h.lastUpdated, CurrentTime: now, Healthy: true}
 	if !h.since.IsZero() {
 		if waited := now.Sub(h.since); waited >= healthTimeout {
-			body.Problem = "an update has been waiting for the kernel for " + waited.Round(time.Second).String()
-			return body, false
+			body.Problem, body.Healthy = "an update has been waiting for the kernel for "+waited.Round(time.Second).String(), false
 		}
 	}
-	return body, true
+	if !h.lastUpdated.IsZero() {
+		family := familyHealth{h.lastUpdated, body.Healthy}
+		body.Status = map[corev1.IPFamily]familyHealth{corev1.IPv4Protocol: family, corev1.IPv6Protocol: family}
+	}
+	return body, body.Healthy
 }
 
 // healthy says whether new traffic should be sent to this node.
@@ -87,9 +103,6 @@ func (h *health) healthy() (healthBody, bool) {
 		}
 		// What an earlier run left in the kernel still forwards, so an agent that just started is not yet unhealthy.
 		ok = ok && body.CurrentTime.Sub(h.started) < healthTimeout
-	}
-	if ok {
-		body.LastUpdated = body.CurrentTime // as kube-proxy does: recent as long as nothing waits
 	}
 	return body, ok
 }
@@ -109,7 +122,9 @@ func (h *health) handler() http.Handler {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
 			body, ok := check()
 			code, label := http.StatusOK, "200"
-			if !ok {
+			if ok {
+				body.LastUpdated = body.CurrentTime // as kube-proxy does: recent as long as all is well
+			} else {
 				code, label = http.StatusServiceUnavailable, "503"
 			}
 			count(label)

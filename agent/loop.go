@@ -141,13 +141,17 @@ func (l *loop) pass(ctx context.Context) {
 	}
 	start := time.Now()
 	l.lastPass = start
+	l.health.waiting(start)
+	changed := false
+	l.stand(b)
 	if !l.synced {
 		l.synced = true
 		l.log.Info("Received all of the cluster's state", "services", len(b.inputs), "marks", b.marks)
+		changed = l.headStart(ctx, b)
 	}
 	l.reprobe(ctx)
 	l.fold(b)
-	changed := l.program(ctx)
+	changed = l.program(ctx) || changed
 	if ctx.Err() != nil {
 		return
 	}
@@ -155,12 +159,17 @@ func (l *loop) pass(ctx context.Context) {
 	l.settle(b, start, changed)
 }
 
-// fold carries a batch into what the dataplanes want. Nothing of it is lost if the kernel refuses: want stays.
-func (l *loop) fold(b batch) {
-	l.node, l.received = b.node, b.marks
+// stand puts what the dataplanes want on what holds for all Services now.
+func (l *loop) stand(b batch) {
+	l.node = b.node
 	for _, d := range l.planes {
 		d.want = d.want.On(b.ground)
 	}
+}
+
+// fold carries a batch into what the dataplanes want. Nothing of it is lost if the kernel refuses: want stays.
+func (l *loop) fold(b batch) {
+	l.received = b.marks
 	l.triggers = append(l.triggers, b.triggers...)
 	for _, in := range b.inputs {
 		l.recompile(in)
@@ -341,8 +350,6 @@ func (l *loop) settle(b batch, start time.Time, changed bool) {
 			l.tell.checked(service, check)
 		}
 		clear(l.checks)
-	} else {
-		l.health.waiting(start)
 	}
 	l.metrics.took(b.services, b.endpoints)
 	l.tell.report(l.reportNow())

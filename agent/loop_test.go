@@ -32,12 +32,13 @@ const thisNode = "node1"
 
 // rig is an agent without an API server: what sources would deliver is put in by hand, through the very stores that reflectors use.
 type rig struct {
-	t     testing.TB
-	store *store
-	loop  *loop
-	modes []*fakeMode
+	t        testing.TB
+	store    *store
+	loop     *loop
+	modes    []*fakeMode
+	reporter *reporter
 
-	assignments, slices, nodes interface {
+	assignments, slices, nodes, states interface {
 		Add(any) error
 		Delete(any) error
 		Replace([]any, string) error
@@ -65,7 +66,8 @@ func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
 		r.modes = append(r.modes, m)
 		table = append(table, m.mode())
 	}
-	for _, source := range new(clients).sources(log, thisNode, r.store, nil) {
+	r.reporter = newReporter(log, "test", nil) // never run: nothing is written
+	for _, source := range new(clients).sources(log, thisNode, r.store, r.reporter) {
 		switch source.resource {
 		case "serviceassignments":
 			r.assignments = source.store.(*reflectorStore[compile.Assignment])
@@ -73,6 +75,8 @@ func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
 			r.slices = source.store.(*reflectorStore[compile.Slice])
 		case "nodes":
 			r.nodes = source.store.(*reflectorStore[compile.Node])
+		case "nodeproxystates":
+			r.states = source.store.(*reflectorStore[nodeState])
 		}
 	}
 	m := newMetrics(r.store, func() uint64 { return 0 })
@@ -170,6 +174,7 @@ func (r *rig) sync(objects ...any) {
 	r.must(r.nodes.Replace([]any{newNode("a")}, r.next()))
 	r.must(r.assignments.Replace(assignments, r.next()))
 	r.must(r.slices.Replace(slices, r.next()))
+	r.must(r.states.Replace(nil, "1")) // the controller makes this node's later
 }
 
 // put delivers an added or changed object with a new resourceVersion, which it gives.
@@ -184,6 +189,8 @@ func (r *rig) put(o metav1.Object) string {
 		r.must(r.slices.Add(o))
 	case *corev1.Node:
 		r.must(r.nodes.Add(o))
+	case *v1alpha1.NodeProxyState:
+		r.must(r.states.Add(o))
 	}
 	return o.GetResourceVersion()
 }
@@ -196,6 +203,10 @@ func (r *rig) remove(o metav1.Object) string {
 		r.must(r.assignments.Delete(o))
 	case *discoveryv1.EndpointSlice:
 		r.must(r.slices.Delete(o))
+	case *corev1.Node:
+		r.must(r.nodes.Delete(o))
+	case *v1alpha1.NodeProxyState:
+		r.must(r.states.Delete(o))
 	}
 	return o.GetResourceVersion()
 }
@@ -263,6 +274,8 @@ func TestNothingBeforeEverySourceHasDelivered(t *testing.T) {
 		r.must(r.assignments.Replace([]any{newAssignment("web", "10.99.0.1")}, "5"))
 		pause(time.Minute)
 		r.must(r.slices.Replace([]any{newSlice("web", "10.1.0.1")}, "6"))
+		pause(time.Minute)
+		r.must(r.states.Replace(nil, "7"))
 		pause(time.Minute)
 		if n, _ := nft.counts(); n != 0 || len(r.reports) != 0 || nft.cleanups != 0 {
 			t.Fatalf("%d applies, %d reports, %d clean-ups before the node is known", n, len(r.reports), nft.cleanups)

@@ -12,6 +12,7 @@ func Modes() []Mode {
 		{
 			Name:    v1alpha1.ProxyModeNFTables,
 			Probe:   nftables.Probe,
+			Blank:   nftables.Blank,
 			Cleanup: nftables.Cleanup,
 			New:     func() (backend.Backend, error) { return nftables.New() },
 		},

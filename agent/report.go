@@ -74,41 +74,28 @@ func (r *reporter) signal() {
 	}
 }
 
-// The reporter is the feed of its own object: it writes only while the controller has one for this node, and learns the interval from it.
+// The reporter writes only while the controller has an object for this node, and learns the interval from it.
 
-func (r *reporter) put(o *object[v1alpha1.NodeProxyState]) {
+// found says that there is an object, and what it says.
+func (r *reporter) found(in *nodeState) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	in := o.value
-	if r.uid != in.UID {
-		r.uid, r.conditions = in.UID, slices.Clone(in.Status.Conditions)
+	if r.uid != in.uid {
+		r.uid, r.conditions = in.uid, slices.Clone(in.conditions)
 		r.signal()
 	}
-	interval := defaultReportInterval
-	if in.Spec.ReportInterval != nil && in.Spec.ReportInterval.Duration > 0 {
-		interval = in.Spec.ReportInterval.Duration
-	}
-	if interval != r.interval {
-		r.interval = interval
+	if in.interval != r.interval {
+		r.interval = in.interval
 		r.signal()
 	}
 }
 
-func (r *reporter) remove(types.NamespacedName, string) {
+// lost says that there is no object.
+func (r *reporter) lost() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.uid = ""
 }
-
-func (r *reporter) replace(list []*object[v1alpha1.NodeProxyState], resourceVersion string) {
-	if len(list) == 0 {
-		r.remove(types.NamespacedName{}, resourceVersion)
-		return
-	}
-	r.put(list[0])
-}
-
-func (r *reporter) bookmark(string) {}
 
 // due gives the status to write, the object it is for and the interval; nil if there is nothing to write or no object to write it to.
 func (r *reporter) due(written *v1alpha1.NodeProxyStateStatus, writtenTo types.UID) (*v1alpha1.NodeProxyStateStatus, types.UID, time.Duration) {
@@ -159,7 +146,7 @@ func (r *reporter) run(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case apierrors.IsNotFound(err): // the watch will tell when there is one again
-			r.remove(types.NamespacedName{}, "")
+			r.lost()
 			written = nil
 		default:
 			failures++

@@ -69,10 +69,8 @@ func startReporter(t *testing.T) (*reporter, *writes) {
 	return r, w
 }
 
-func nodeState(uid types.UID, interval time.Duration) *object[v1alpha1.NodeProxyState] {
-	s := &v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: thisNode, UID: uid}}
-	s.Spec.ReportInterval = &metav1.Duration{Duration: interval}
-	return &object[v1alpha1.NodeProxyState]{value: s}
+func ordered(uid types.UID, interval time.Duration) *nodeState {
+	return &nodeState{uid: uid, interval: interval}
 }
 
 func held(assignments string) Report {
@@ -83,7 +81,7 @@ func TestOneWritePerIntervalOfTheNewest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := startReporter(t)
 		const interval = 20 * time.Second
-		r.replace([]*object[v1alpha1.NodeProxyState]{nodeState("a", interval)}, "1")
+		r.found(ordered("a", interval))
 		for i := range 1000 { // 100 s of changes
 			r.publish(held(string(rune('0' + i%10))))
 			pause(100 * time.Millisecond)
@@ -121,7 +119,7 @@ func TestNodesDoNotWriteAtOnce(t *testing.T) {
 		var reporters []*reporter
 		for range nodes {
 			r, w := startReporter(t)
-			r.put(nodeState("a", interval))
+			r.found(ordered("a", interval))
 			r.publish(held("1"))
 			reporters, all = append(reporters, r), append(all, w)
 		}
@@ -154,14 +152,14 @@ func TestNoObjectNoWrite(t *testing.T) {
 		if w.count() != 0 {
 			t.Fatal("wrote to an object that does not exist")
 		}
-		r.put(nodeState("a", time.Second))
+		r.found(ordered("a", time.Second))
 		pause(2 * time.Second)
 		if w.count() != 1 {
 			t.Fatalf("%d writes once the object exists, want 1", w.count())
 		}
 		// Deleted and made again, by a Node that was: the new one knows nothing.
-		r.remove(types.NamespacedName{}, "")
-		r.put(nodeState("b", time.Second))
+		r.lost()
+		r.found(ordered("b", time.Second))
 		pause(2 * time.Second)
 		if w.count() != 2 {
 			t.Fatalf("%d writes after the object was made again, want 2", w.count())
@@ -174,7 +172,7 @@ func TestNoObjectNoWrite(t *testing.T) {
 			t.Fatalf("%d writes to an object that is gone, want 1", w.count()-2)
 		}
 		w.setErr(nil)
-		r.put(nodeState("c", time.Second))
+		r.found(ordered("c", time.Second))
 		pause(2 * time.Second)
 		if got := w.last(t); got.AssignmentRevision != "2" {
 			t.Errorf("wrote %+v", got)
@@ -185,7 +183,7 @@ func TestNoObjectNoWrite(t *testing.T) {
 func TestFailedWritesAreTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := startReporter(t)
-		r.put(nodeState("a", 200*time.Millisecond))
+		r.found(ordered("a", 200*time.Millisecond))
 		w.setErr(errors.New("connection refused"))
 		r.publish(held("1"))
 		pause(10 * time.Minute)
@@ -203,10 +201,10 @@ func TestFailedWritesAreTriedAgain(t *testing.T) {
 func TestNotReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := startReporter(t)
-		o := nodeState("a", time.Second)
+		o := ordered("a", time.Second)
 		longAgo := metav1.NewTime(time.Now().Add(-time.Hour))
-		o.value.Status.Conditions = []metav1.Condition{{Type: v1alpha1.NodeProxyReady, Status: metav1.ConditionTrue, Reason: "Programmed", LastTransitionTime: longAgo}}
-		r.put(o)
+		o.conditions = []metav1.Condition{{Type: v1alpha1.NodeProxyReady, Status: metav1.ConditionTrue, Reason: "Programmed", LastTransitionTime: longAgo}}
+		r.found(o)
 		r.publish(held("1"))
 		pause(2 * time.Second)
 		if got := w.last(t).Conditions[0]; got.Status != metav1.ConditionTrue || !got.LastTransitionTime.Equal(&longAgo) {

@@ -201,7 +201,6 @@ func (c *clients) sources(log logr.Logger, nodeName string, s *store, r *reporte
 	parseSlice := func(in *discoveryv1.EndpointSlice) (*compile.Slice, []compile.Problem) {
 		return compile.ParseSlice(in, nodeName)
 	}
-	asItIs := func(in *v1alpha1.NodeProxyState) (*v1alpha1.NodeProxyState, []compile.Problem) { return in, nil }
 	return []source{
 		{"nodes", c.core, own, &corev1.Node{},
 			&reflectorStore[compile.Node]{nodeFeed{s}, parser(log, "Node", compile.ParseNode)}},
@@ -210,7 +209,7 @@ func (c *clients) sources(log logr.Logger, nodeName string, s *store, r *reporte
 		{"serviceassignments", c.serviceproxy, all, &v1alpha1.ServiceAssignment{},
 			&reflectorStore[compile.Assignment]{s.assignmentFeed(), parser(log, "ServiceAssignment", compile.ParseAssignment)}},
 		{"nodeproxystates", c.serviceproxy, own, &v1alpha1.NodeProxyState{},
-			&reflectorStore[v1alpha1.NodeProxyState]{r, parser(log, "NodeProxyState", asItIs)}},
+			&reflectorStore[nodeState]{stateFeed{s, r}, parser(log, "NodeProxyState", parseNodeState)}},
 	}
 }
 

@@ -47,20 +47,22 @@ type store struct {
 	wake    chan struct{}
 	started time.Time
 
-	mu          sync.Mutex
-	node        *compile.Node
-	settings    Settings
-	ranges      []netip.Prefix // declared for this node
+	mu       sync.Mutex
+	node     *compile.Node
+	settings Settings
+	ranges   []netip.Prefix // declared for this node
+	// ground is the last that was handed out, nil before the first.
+	ground      *forwarding.Ground
 	assignments map[types.NamespacedName]*compile.Assignment
 	slices      map[types.NamespacedName]*compile.Slice // by the slice's own name
 	// byService lists the slices of a Service. A list is never changed in place: batches share it.
 	byService map[types.NamespacedName][]*compile.Slice
 
-	hasAssignments, hasSlices bool // the first list has arrived
-	marks                     Marks
-	dirty                     map[types.NamespacedName]struct{}
-	triggers                  []time.Time
-	changes                   struct{ services, endpoints int }
+	hasAssignments, hasSlices, hasState bool // the first list has arrived
+	marks                               Marks
+	dirty                               map[types.NamespacedName]struct{}
+	triggers                            []time.Time
+	changes                             struct{ services, endpoints int }
 }
 
 func newStore(settings Settings) *store {
@@ -80,10 +82,14 @@ func newStore(settings Settings) *store {
 func (s *store) take() (batch, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.hasAssignments || !s.hasSlices || s.node == nil {
+	if s.lacks() != "" {
 		return batch{}, false
 	}
-	b := batch{node: s.node, ground: groundOf(s.settings, s.node, s.ranges), marks: s.marks, triggers: s.triggers, services: s.changes.services, endpoints: s.changes.endpoints}
+	if s.groundKnown() {
+		g := groundOf(s.settings, s.node, s.ranges)
+		s.ground = &g
+	}
+	b := batch{node: s.node, ground: *s.ground, marks: s.marks, triggers: s.triggers, services: s.changes.services, endpoints: s.changes.endpoints}
 	b.inputs = make([]input, 0, len(s.dirty))
 	for name := range s.dirty {
 		b.inputs = append(b.inputs, input{service: name, assignment: s.assignments[name], slices: s.byService[name]})
@@ -97,19 +103,31 @@ func (s *store) take() (batch, bool) {
 	return b, true
 }
 
+// lacks says what is still missing before the first take, "" if nothing. Callers hold mu.
+func (s *store) lacks() string {
+	switch {
+	case !s.hasAssignments:
+		return "the list of ServiceAssignments"
+	case !s.hasSlices:
+		return "the list of EndpointSlices"
+	case !s.hasState:
+		return "the list of NodeProxyStates" // it may well be empty: the controller makes this node's when it sees the Node
+	case s.node == nil:
+		return "this agent's own Node"
+	case s.ground == nil && !s.groundKnown():
+		return "spec.podCIDRs of this agent's own Node"
+	}
+	return ""
+}
+
+// groundKnown says whether all is there that the settings build on. Where it is not, what was in force goes on. Callers hold mu.
+func (s *store) groundKnown() bool { return !s.settings.NodeCIDR || len(s.node.PodCIDRs) > 0 }
+
 // pending gives how many changes wait to be taken, and what the sources still lack before the first take ("" if nothing).
 func (s *store) pending() (services, endpoints int, lacks string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case !s.hasAssignments:
-		lacks = "the list of ServiceAssignments"
-	case !s.hasSlices:
-		lacks = "the list of EndpointSlices"
-	case s.node == nil:
-		lacks = "this agent's own Node"
-	}
-	return s.changes.services, s.changes.endpoints, lacks
+	return s.changes.services, s.changes.endpoints, s.lacks()
 }
 
 // configure replaces the settings.
@@ -282,14 +300,19 @@ func (s nodeFeed) put(o *object[compile.Node]) {
 	defer s.mu.Unlock()
 	old := s.node
 	s.node = o.value
+	if old != nil && len(s.node.PodCIDRs) == 0 && len(old.PodCIDRs) > 0 {
+		// A Node that was made anew has none for a while, and its pods are where they were.
+		node := *s.node
+		node.PodCIDRs, s.node = old.PodCIDRs, &node
+	}
 	if old == nil {
 		s.signal()
 		return
 	}
-	if !slices.Equal(old.PodCIDRs, o.value.PodCIDRs) {
+	if !slices.Equal(old.PodCIDRs, s.node.PodCIDRs) {
 		s.signal()
 	}
-	if old.SameForwarding(o.value) {
+	if old.SameForwarding(s.node) {
 		return
 	}
 	for name := range s.assignments {
@@ -318,3 +341,41 @@ func (s nodeFeed) replace(list []*object[compile.Node], resourceVersion string) 
 }
 
 func (s nodeFeed) bookmark(string) {}
+
+// stateFeed is the store and the reporter as the source of the node's own NodeProxyState sees them.
+type stateFeed struct {
+	store    *store
+	reporter *reporter
+}
+
+func (f stateFeed) put(o *object[nodeState]) {
+	f.reporter.found(o.value)
+	f.store.declare(o.value.ranges)
+}
+
+// remove keeps the ranges: the controller makes the object anew, and what it declared holds until it says otherwise.
+func (f stateFeed) remove(types.NamespacedName, string) { f.reporter.lost() }
+
+func (f stateFeed) replace(list []*object[nodeState], resourceVersion string) {
+	if len(list) == 0 {
+		f.remove(types.NamespacedName{}, resourceVersion)
+	} else {
+		f.put(list[0])
+	}
+	f.store.mu.Lock()
+	defer f.store.mu.Unlock()
+	f.store.hasState = true
+	f.store.signal()
+}
+
+func (f stateFeed) bookmark(string) {}
+
+// declare says which ranges are declared for this node.
+func (s *store) declare(ranges []netip.Prefix) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !slices.Equal(s.ranges, ranges) {
+		s.ranges = ranges
+		s.signal()
+	}
+}
