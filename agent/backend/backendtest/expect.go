@@ -3,9 +3,11 @@ package backendtest
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -22,28 +24,30 @@ const (
 	toLocalhostPort  = "node port of localhost"
 )
 
+// destinations are the addresses and ports behind the names, of IPv4 and IPv6.
+var destinations = map[string][2]netip.AddrPort{
+	toServiceIP:      withPort(addrs("10.99.0.1", "fd00:99::1"), 80),
+	toUnusedPort:     withPort(addrs("10.99.0.1", "fd00:99::1"), 81),
+	toExternalIP:     withPort(addrs("198.51.100.7", "2001:db8:7::7"), 80),
+	toLoadBalancerIP: withPort(addrs("198.51.100.8", "2001:db8:7::8"), 80),
+	toNodePort:       withPort(places["node"].addrs, 30080),
+	toSecondNodePort: withPort(secondAddrs, 30080),
+	toLocalhostPort:  withPort(localhost, 30080),
+}
+
+var localhost = addrs("127.0.0.1", "::1")
+
+func withPort(a [2]netip.Addr, port uint16) [2]netip.AddrPort {
+	return [2]netip.AddrPort{netip.AddrPortFrom(a[0], port), netip.AddrPortFrom(a[1], port)}
+}
+
 // destination gives the address and port behind a name.
 func destination(name string, family int) netip.AddrPort {
-	ip := func(v4, v6 string, port uint16) netip.AddrPort {
-		return netip.AddrPortFrom(addrs(v4, v6)[family], port)
+	to, ok := destinations[name]
+	if !ok {
+		panic("no such destination: " + name)
 	}
-	switch name {
-	case toServiceIP:
-		return ip("10.99.0.1", "fd00:99::1", 80)
-	case toUnusedPort:
-		return ip("10.99.0.1", "fd00:99::1", 81)
-	case toExternalIP:
-		return ip("198.51.100.7", "2001:db8:7::7", 80)
-	case toLoadBalancerIP:
-		return ip("198.51.100.8", "2001:db8:7::8", 80)
-	case toNodePort:
-		return netip.AddrPortFrom(places["node"].addrs[family], 30080)
-	case toSecondNodePort:
-		return netip.AddrPortFrom(secondAddrs[family], 30080)
-	case toLocalhostPort:
-		return ip("127.0.0.1", "::1", 30080)
-	}
-	panic("no such destination: " + name)
+	return to[family]
 }
 
 // Expectations besides lists of endpoints.
@@ -58,24 +62,51 @@ const (
 // "a=", one that sees an address of the node "a*"; without a mark State.Lookup alone decides.
 func (l *Lab) Expect(from, to, want string) {
 	l.Helper()
+	l.expectAll(slices.Sorted(maps.Keys(networks)), from, to, want)
+}
+
+// ExpectOf is Expect with one protocol only.
+func (l *Lab) ExpectOf(protocol forwarding.Protocol, from, to, want string) {
+	l.Helper()
+	l.expectAll([]forwarding.Protocol{protocol}, from, to, want)
+}
+
+// expectAll asks everywhere at a time: what is silent takes a while.
+func (l *Lab) expectAll(protocols []forwarding.Protocol, from, to, want string) {
+	l.Helper()
+	state := l.world.State()
+	var (
+		asking sync.WaitGroup
+		failed []string
+		mu     sync.Mutex
+	)
 	for _, name := range strings.Fields(from) {
 		for family := range 2 {
-			for protocol := range networks {
-				if err := l.expect(name, to, family, protocol, want); err != nil {
-					l.Errorf("%s from %s to the %s %s: %v", protocol, name, to, destination(to, family), err)
-				}
+			for _, protocol := range protocols {
+				asking.Go(func() {
+					if err := l.expect(state, name, to, family, protocol, want); err != nil {
+						mu.Lock()
+						defer mu.Unlock()
+						failed = append(failed, fmt.Sprintf("%s from %s to the %s %s: %v", protocol, name, to, destination(to, family), err))
+					}
+				})
 			}
 		}
 	}
+	asking.Wait()
+	slices.Sort(failed)
+	for _, f := range failed {
+		l.Error(f)
+	}
 }
 
-func (l *Lab) expect(from, to string, family int, protocol forwarding.Protocol, want string) error {
+func (l *Lab) expect(state forwarding.State, from, to string, family int, protocol forwarding.Protocol, want string) error {
 	source := places[from].addrs[family]
-	if to == toLocalhostPort {
-		source = addrs("127.0.0.1", "::1")[family]
+	if to == toLocalhostPort && from == "node" {
+		source = localhost[family]
 	}
-	p := forwarding.Packet{Protocol: protocol, Source: source, Destination: destination(to, family)}
-	verdict := l.world.State().Lookup(lookupNode(), p)
+	p := forwarding.Packet{Protocol: protocol, Source: source, Destination: destination(to, family), In: places[from].in}
+	verdict := state.Lookup(lookupNode(), p)
 	if err := judge(verdict, family, want); err != nil {
 		return fmt.Errorf("by State.Lookup: %w", err)
 	}

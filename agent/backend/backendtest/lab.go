@@ -17,8 +17,10 @@ import (
 // place is somewhere in the lab that sends and serves.
 type place struct {
 	addrs [2]netip.Addr // IPv4 and IPv6
-	// pod says that it is a pod; here that it is on the node under test.
-	pod, here bool
+	// here says that it is on the node under test.
+	here bool
+	// in is the node's interface by which its packets come.
+	in string
 }
 
 // places of the lab. Pods a, b and c are on the node under test, q and r on another one.
@@ -27,13 +29,13 @@ type place struct {
 //	                               │
 //	                               pods a 10.244.1.2, b 10.244.1.3, c 10.244.1.4
 var places = map[string]place{
-	"outside": {addrs: addrs("192.0.2.2", "2001:db8:1::2")},
+	"outside": {addrs: addrs("192.0.2.2", "2001:db8:1::2"), in: "outside"},
 	"node":    {addrs: addrs("192.0.2.1", "2001:db8:1::1"), here: true},
-	"a":       {addrs: addrs("10.244.1.2", "fd00:244:1::2"), pod: true, here: true},
-	"b":       {addrs: addrs("10.244.1.3", "fd00:244:1::3"), pod: true, here: true},
-	"c":       {addrs: addrs("10.244.1.4", "fd00:244:1::4"), pod: true, here: true},
-	"q":       {addrs: addrs("10.244.2.2", "fd00:244:2::2"), pod: true},
-	"r":       {addrs: addrs("10.244.2.3", "fd00:244:2::3"), pod: true},
+	"a":       {addrs: addrs("10.244.1.2", "fd00:244:1::2"), here: true, in: "pod-a"},
+	"b":       {addrs: addrs("10.244.1.3", "fd00:244:1::3"), here: true, in: "pod-b"},
+	"c":       {addrs: addrs("10.244.1.4", "fd00:244:1::4"), here: true, in: "pod-c"},
+	"q":       {addrs: addrs("10.244.2.2", "fd00:244:2::2"), in: "elsewhere"},
+	"r":       {addrs: addrs("10.244.2.3", "fd00:244:2::3"), in: "elsewhere"},
 }
 
 // podNames are the pods, in the order in which they are made.
@@ -64,7 +66,7 @@ func newLab(t testing.TB, start Starter) *Lab {
 	l.spaces["node"] = l.node
 	// Refusals of UDP are ICMP, of which the kernel otherwise sends one client a few a second.
 	l.sh(l.node, `sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv6.conf.default.accept_dad=0 net.ipv4.conf.all.route_localnet=1
-		sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv4.icmp_msgs_per_sec=100000 net.ipv6.icmp.ratelimit=0`)
+		sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv4.icmp_msgs_per_sec=100000 net.ipv4.icmp_msgs_burst=100000 net.ipv6.icmp.ratelimit=0`)
 	outside := l.neighbour("outside", "192.0.2.1/24", "192.0.2.2/24", "2001:db8:1::1/64", "2001:db8:1::2/64")
 	l.spaces["outside"] = outside
 	elsewhere := l.neighbour("elsewhere", "172.18.0.1/24", "172.18.0.2/24", "fd00:18::1/64", "fd00:18::2/64")
@@ -152,7 +154,19 @@ func (l *Lab) sh(ns *netns.NS, script string) {
 // Program makes the node forward these Services and no others.
 func (l *Lab) Program(services ...*Service) {
 	l.Helper()
-	*l.world = World{Node: labNode(), Ground: labGround(), Services: services}
+	l.ProgramOn(labGround(), services...)
+}
+
+// ProgramOn is Program on another ground than the usual one.
+func (l *Lab) ProgramOn(ground forwarding.Ground, services ...*Service) {
+	l.Helper()
+	l.ProgramWorld(World{Node: labNode(), Ground: ground, Services: services})
+}
+
+// ProgramWorld makes the node forward a world.
+func (l *Lab) ProgramWorld(w World) {
+	l.Helper()
+	*l.world = w
 	if err := l.subject.Program(*l.world); err != nil {
 		l.Fatal(err)
 	}
@@ -181,7 +195,7 @@ func labNode() *corev1.Node {
 // lookupNode is what State.Lookup must know of the lab's node.
 func lookupNode() forwarding.Node {
 	var n forwarding.Node
-	for _, both := range [][2]netip.Addr{places["node"].addrs, secondAddrs, addrs("127.0.0.1", "::1")} {
+	for _, both := range [][2]netip.Addr{places["node"].addrs, secondAddrs, localhost} {
 		n.Addrs = append(n.Addrs, both[:]...)
 	}
 	return n

@@ -21,9 +21,9 @@ const (
 	silence  = 150 * time.Millisecond
 )
 
-var networks = map[forwarding.Protocol]string{forwarding.TCP: "tcp", forwarding.UDP: "udp"}
+var networks = map[forwarding.Protocol]string{forwarding.TCP: "tcp", forwarding.UDP: "udp", forwarding.SCTP: "sctp"}
 
-// serve answers TCP and UDP at a place, on each of its addresses by itself: a wildcard UDP server with several addresses would answer from the
+// serve answers TCP, UDP and SCTP at a place, on each of its addresses by itself: a wildcard UDP server with several addresses would answer from the
 // wrong one. Every answer is "PLACE remote-address"; TCP connections then echo.
 func (l *Lab) serve(name string) {
 	l.Helper()
@@ -42,7 +42,7 @@ func (l *Lab) serve(name string) {
 			l.Cleanup(func() { udp.Close() })
 			go acceptAll(tcp, name)
 			go answerAll(udp, name)
-			return nil
+			return l.serveSCTP(name, to)
 		})
 		if err != nil {
 			l.Fatal(err)
@@ -81,14 +81,19 @@ type answer struct {
 	seen   netip.AddrPort
 }
 
-var udpPort atomic.Uint32
+var lastPort atomic.Uint32
+
+// freshPort gives always another port: one that is used again would go on with the flow that conntrack still has of it.
+func freshPort() uint16 { return uint16(10000 + lastPort.Add(1)%50000) }
 
 // dial connects from an address in a namespace.
 func dial(ns *netns.NS, network string, from netip.Addr, to netip.AddrPort, wait time.Duration) (net.Conn, error) {
 	d := net.Dialer{Timeout: wait, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))}
-	if network == "udp" {
-		// Always another port: one that is used again would go on with the flow that conntrack still has of it.
-		d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, uint16(10000+udpPort.Add(1)%50000)))
+	switch network {
+	case "sctp":
+		return dialSCTP(ns, netip.AddrPortFrom(from, freshPort()), to)
+	case "udp":
+		d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, freshPort()))
 	}
 	var c net.Conn
 	// Happy eyeballs would dial in another goroutine, so in another namespace; one literal address is dialled in this one.
@@ -110,7 +115,7 @@ func read(c net.Conn, network string, wait time.Duration) (answer, error) {
 	if err := c.SetDeadline(time.Now().Add(wait)); err != nil {
 		return answer{}, err
 	}
-	if network == "udp" {
+	if network != "tcp" {
 		if _, err := c.Write([]byte("who\n")); err != nil {
 			return answer{}, err
 		}
