@@ -1,6 +1,9 @@
 package backendtest
 
-import "testing"
+import (
+	"slices"
+	"testing"
+)
 
 // Scenario is a row of the table: one promise of a Service.
 type Scenario struct {
@@ -11,12 +14,20 @@ type Scenario struct {
 
 // Run holds a subject to the whole table, in one lab: each scenario finds what the one before left, as on a real node. It needs root, because the lab is
 // made of network namespaces.
+//
+// A row has three results: kept (pass), broken (fail), and not applicable (skip), which is left to subjects that lack an optional interface.
 func Run(t *testing.T, start Starter) {
 	lab := newLab(t, start)
+	lab.addReplicas()
 	for _, s := range Table() {
 		t.Run(s.Name, func(t *testing.T) {
 			same := *lab
 			same.TB = t
+			t.Cleanup(func() {
+				if _, ok := lab.subject.(Breaker); ok && t.Skipped() {
+					t.Error("a row that is applicable was skipped")
+				}
+			})
 			s.Run(&same)
 		})
 	}
@@ -24,5 +35,15 @@ func Run(t *testing.T, start Starter) {
 
 // Table is every scenario.
 func Table() []Scenario {
-	return addresses
+	return slices.Concat(addresses, flows)
+}
+
+// breaker gives the subject as a Breaker. The scenario ends here as not applicable if it is none.
+func (l *Lab) breaker() Breaker {
+	l.Helper()
+	b, ok := l.subject.(Breaker)
+	if !ok {
+		l.Skip("not applicable: the subject does not promise to repair what others change")
+	}
+	return b
 }

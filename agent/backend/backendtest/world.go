@@ -86,7 +86,7 @@ func (s *Service) Slices() []*discoveryv1.EndpointSlice {
 }
 
 func (e Endpoint) object(family int) discoveryv1.Endpoint {
-	place := places[e.Place]
+	place := find(e.Place)
 	out := discoveryv1.Endpoint{Addresses: []string{place.addrs[family].String()}, NodeName: new(remoteNode)}
 	if place.here {
 		out.NodeName = new(nodeName)

@@ -1,0 +1,89 @@
+package backendtest
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/serviceproxy/serviceproxy-operator/test/netns"
+)
+
+// replicas is how many further places "b" and "outside" each stand for: b1, b2 ... and outside1, outside2 ... A replica has addresses of its own and shares
+// the rest with its place, so that a scenario may have a crowd of endpoints or of clients.
+const replicas = 20
+
+// find gives a place or a replica by its name.
+func find(name string) place {
+	if p, ok := places[name]; ok {
+		return p
+	}
+	base := strings.TrimRight(name, "0123456789")
+	n, err := strconv.Atoi(name[len(base):])
+	if err != nil || n < 1 || n > replicas || base != "b" && base != "outside" {
+		panic("no such place: " + name)
+	}
+	p := places[base]
+	for family, a := range p.addrs {
+		raw := a.AsSlice()
+		raw[len(raw)-1] = byte(100 + n)
+		p.addrs[family], _ = netip.AddrFromSlice(raw) // its length is right
+	}
+	return p
+}
+
+// replicasOf names the first n replicas of a place.
+func replicasOf(name string, n int) (out []string) {
+	for i := range n {
+		out = append(out, name+strconv.Itoa(i+1))
+	}
+	return out
+}
+
+// space gives the namespace of a place or replica.
+func (l *Lab) space(name string) *netns.NS { return l.spaces[strings.TrimRight(name, "0123456789")] }
+
+// addReplicas makes the replicas. Each serves as a place does, under its own name.
+func (l *Lab) addReplicas() {
+	l.Helper()
+	var there, here strings.Builder // commands in the namespace of the replicas, and of the node
+	for _, base := range []string{"b", "outside"} {
+		there.Reset()
+		for _, name := range replicasOf(base, replicas) {
+			for _, a := range find(name).addrs {
+				fmt.Fprintf(&there, "ip addr add %s/%d dev eth0\n", a, a.BitLen())
+				if base == "b" {
+					fmt.Fprintf(&here, "ip route add %s dev pod-b\n", a)
+				}
+			}
+		}
+		l.sh(l.spaces[base], there.String())
+	}
+	l.sh(l.node, here.String())
+	for _, name := range replicasOf("b", replicas) {
+		for _, a := range find(name).addrs {
+			if err := l.serveReplica(name, netip.AddrPortFrom(a, serverPort)); err != nil {
+				l.Fatal(err)
+			}
+		}
+	}
+}
+
+func (l *Lab) serveReplica(name string, at netip.AddrPort) error {
+	return l.space(name).Do(func() error {
+		tcp, err := net.Listen("tcp", at.String())
+		if err != nil {
+			return err
+		}
+		l.Cleanup(func() { tcp.Close() })
+		udp, err := net.ListenPacket("udp", at.String())
+		if err != nil {
+			return err
+		}
+		l.Cleanup(func() { udp.Close() })
+		go acceptAll(tcp, name)
+		go answerAll(udp, name)
+		return nil
+	})
+}
