@@ -32,10 +32,10 @@ spec: {serviceRanges: [{cidr: 10.99.0.0/16}, {cidr: "fd00:99::/112"}], priority:
 status:
   conditions: [{type: Ready, status: "False", reason: ServicesNotProgrammed, message: "", lastTransitionTime: "2026-01-01T00:00:00Z"}]
   families: [`+counts("family: IPv4")+`]
-  services: {covered: 3, assigned: 3, programmed: 2, waiting: 0}
+  services: {covered: 3, assigned: 3, programmed: 2, waiting: 0, takenOver: 1}
   nodes: {selected: 4, ready: 3, unsupported: 0}`,
 		"Name=tenant-a Mode=NFTables Range=10.99.0.0/16 Services=3 Programmed=2 Nodes=3 Ready=False Reason=ServicesNotProgrammed",
-		"Name=tenant-a Mode=NFTables Range=10.99.0.0/16 Services=3 Programmed=2 Nodes=3 Ready=False Reason=ServicesNotProgrammed Priority=7 Free-IPv4=1 Free-IPv6=<nil>"),
+		"Name=tenant-a Mode=NFTables Range=10.99.0.0/16 Services=3 Programmed=2 Nodes=3 Ready=False Reason=ServicesNotProgrammed Priority=7 Taken-Over=1 Free-IPv4=1 Free-IPv6=<nil>"),
 	Entry(nil, "ServiceAssignment", "serviceassignments", `
 spec: {ports: [{name: http, protocol: TCP, port: 80, nodePort: 30080}]}
 status:
@@ -54,10 +54,11 @@ status:
   endpoints: 30
   driftRepairs: 1
   agentVersion: v0.1.0
+  kubeProxy: NFTables
   modes: [{mode: IPVS, available: false, services: 0}, {mode: NFTables, available: true, services: 3}]
   conditions: [`+condition("Ready")+`]`,
 		"Name=node1 Ready=True Services=3 Endpoints=30 Mode=NFTables Applied=<nil>",
-		"Name=node1 Ready=True Services=3 Endpoints=30 Mode=NFTables Applied=<nil> Repairs=1 Assignments-At=12 EndpointSlices-At=13 Version=v0.1.0"),
+		"Name=node1 Ready=True Services=3 Endpoints=30 Mode=NFTables Applied=<nil> Repairs=1 Assignments-At=12 EndpointSlices-At=13 Kube-Proxy=NFTables Version=v0.1.0"),
 )
 
 // table gets the object as the API server prints it for kubectl, as COLUMN=cell for every column up to the priority but Age.

@@ -51,6 +51,17 @@ const (
 	// AnnotationSingleStack is put at admission on a Service that preferred two families and got one. Its value is the reason, for people.
 	AnnotationSingleStack = "networking.serviceproxy.io/single-stack-reason"
 
+	// LabelServiceProxyName on a Service hands it to a proxy other than kube-proxy.
+	LabelServiceProxyName = "service.kubernetes.io/service-proxy-name"
+
+	// AnnotationTakenOver is on a Service whose label LabelServiceProxyName the controller set, and names the policy that asked for it. It says that the label is
+	// the controller's to remove; without it the label is the user's and stays.
+	AnnotationTakenOver = "networking.serviceproxy.io/taken-over"
+
+	// AnnotationHandingBack is on a ServiceAssignment that nodes keep forwarding though the Service left, until kube-proxy has had time to forward it. Its
+	// value is since when, in RFC 3339.
+	AnnotationHandingBack = "networking.serviceproxy.io/handing-back-since"
+
 	// LoadBalancerClass is the spec.loadBalancerClass of Services that get an address of each of their families from ranges with use LoadBalancer. The status.loadBalancer of
 	// such a Service is the controller's; that of any other Service is never touched.
 	LoadBalancerClass = "networking.serviceproxy.io/vip"

@@ -41,6 +41,21 @@ type NodeProxyMode struct {
 	Services int32 `json:"services"`
 }
 
+// KubeProxyPresence tells whether kube-proxy's rules are in a node's kernel, and of which of its modes.
+// +kubebuilder:validation:Enum=Absent;IPTables;IPVS;NFTables
+type KubeProxyPresence string
+
+const (
+	// KubeProxyAbsent: there are none.
+	KubeProxyAbsent KubeProxyPresence = "Absent"
+	// KubeProxyIPTables: those of its mode iptables.
+	KubeProxyIPTables KubeProxyPresence = "IPTables"
+	// KubeProxyIPVS: those of its mode ipvs.
+	KubeProxyIPVS KubeProxyPresence = "IPVS"
+	// KubeProxyNFTables: those of its mode nftables.
+	KubeProxyNFTables KubeProxyPresence = "NFTables"
+)
+
 // Condition types of a NodeProxyState.
 const (
 	// NodeProxyReady: the kernel holds what the agent wants it to.
@@ -83,6 +98,10 @@ type NodeProxyStateStatus struct {
 	// +optional
 	DriftRepairs int64 `json:"driftRepairs,omitempty"`
 
+	// kubeProxy tells whether kube-proxy's rules are in the node's kernel, and of which of its modes. Empty: not known.
+	// +optional
+	KubeProxy KubeProxyPresence `json:"kubeProxy,omitempty"`
+
 	// bootID identifies the boot of the node's kernel that this report is about, as the Node's status.nodeInfo.bootID does. A report of
 	// an earlier boot says nothing: its rules are gone.
 	// +optional
@@ -115,6 +134,7 @@ type NodeProxyStateStatus struct {
 // +kubebuilder:printcolumn:name="Repairs",type=integer,JSONPath=`.status.driftRepairs`,priority=1
 // +kubebuilder:printcolumn:name="Assignments-At",type=string,JSONPath=`.status.assignmentRevision`,priority=1
 // +kubebuilder:printcolumn:name="EndpointSlices-At",type=string,JSONPath=`.status.endpointSliceRevision`,priority=1
+// +kubebuilder:printcolumn:name="Kube-Proxy",type=string,JSONPath=`.status.kubeProxy`,priority=1
 // +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.agentVersion`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type NodeProxyState struct {

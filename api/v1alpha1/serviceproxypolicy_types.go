@@ -47,7 +47,8 @@ const (
 	// KubeProxyCoexist covers only Services labelled service.kubernetes.io/service-proxy-name=serviceproxy.io, which
 	// kube-proxy ignores.
 	KubeProxyCoexist KubeProxyRelation = "Coexist"
-	// KubeProxyTakeOver covers every Service the selectors match, labelled or not.
+	// KubeProxyTakeOver covers every Service the selectors match, labelled or not. Where nodes run kube-proxy, the controller labels each of them once every
+	// node forwards it, so that kube-proxy lets go.
 	KubeProxyTakeOver KubeProxyRelation = "TakeOver"
 )
 
@@ -209,7 +210,10 @@ type ServiceProxyPolicySpec struct {
 	Reuse ReusePolicy `json:"reuse,omitempty"`
 
 	// kubeProxy says how the policy shares the cluster with a running kube-proxy: Coexist covers only Services that are
-	// labelled service.kubernetes.io/service-proxy-name=serviceproxy.io, TakeOver covers all that the selectors match.
+	// labelled service.kubernetes.io/service-proxy-name=serviceproxy.io, TakeOver covers all that the selectors match. Where nodes
+	// run kube-proxy, TakeOver also labels each Service once every node forwards it, so that kube-proxy lets go of it; that
+	// needs a nodeSelector that selects all nodes. What was taken over goes back to kube-proxy when the policy is changed to
+	// Coexist or deleted, or no longer selects the Service.
 	// +optional
 	// +default="TakeOver"
 	KubeProxy KubeProxyRelation `json:"kubeProxy,omitempty"`
@@ -229,6 +233,8 @@ const (
 	PolicyProgrammed = "Programmed"
 	// PolicyConflicted: something of this policy overlaps another policy's, which wins.
 	PolicyConflicted = "Conflicted"
+	// PolicyTakenOver: no covered Service is forwarded by kube-proxy as well. Not part of Ready: a Service that both forward works.
+	PolicyTakenOver = "TakenOver"
 )
 
 // AddressCounts counts the addresses of one family or range.
@@ -288,6 +294,12 @@ type PolicyServicesStatus struct {
 	Programmed int32 `json:"programmed"`
 	// waiting is how many of them wait for an address or node port.
 	Waiting int32 `json:"waiting"`
+	// takenOver is how many Services carry the label that the controller set for this policy so that kube-proxy ignores them.
+	// +optional
+	TakenOver int32 `json:"takenOver,omitempty"`
+	// handingBack is how many Services leave the policy and are forwarded until kube-proxy has had time to forward them.
+	// +optional
+	HandingBack int32 `json:"handingBack,omitempty"`
 }
 
 // PolicyNodesStatus counts the nodes that the policy selects.
@@ -306,7 +318,7 @@ type ServiceProxyPolicyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// conditions: Ready (summary), Accepted, RangesReady, CapacityAvailable, Programmed, Conflicted.
+	// conditions: Ready (summary), Accepted, RangesReady, CapacityAvailable, Programmed, Conflicted, TakenOver.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -354,6 +366,7 @@ type ServiceProxyPolicyStatus struct {
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
 // +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].reason`
 // +kubebuilder:printcolumn:name="Priority",type=integer,JSONPath=`.spec.priority`,priority=1
+// +kubebuilder:printcolumn:name="Taken-Over",type=integer,JSONPath=`.status.services.takenOver`,priority=1
 // +kubebuilder:printcolumn:name="Free-IPv4",type=integer,JSONPath=`.status.families[?(@.family=="IPv4")].free`,priority=1
 // +kubebuilder:printcolumn:name="Free-IPv6",type=integer,JSONPath=`.status.families[?(@.family=="IPv6")].free`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -16,7 +17,7 @@ import (
 )
 
 // LabelServiceProxyName hands a Service to a proxy other than kube-proxy.
-const LabelServiceProxyName = "service.kubernetes.io/service-proxy-name"
+const LabelServiceProxyName = v1alpha1.LabelServiceProxyName
 
 // Policy is a ServiceProxyPolicy parsed once. It is immutable.
 type Policy struct {
@@ -26,6 +27,9 @@ type Policy struct {
 	// Terminating policies give out nothing new and keep the Services that they cover already.
 	Terminating bool
 	Priority    int32
+	// HandsBack says of a policy that is being deleted that kube-proxy is there to take over what it covers. The caller sets it. It then keeps only what
+	// kube-proxy would not take: Services with a label of the user's.
+	HandsBack bool
 	// Strict policies refuse a Service that cannot get what they declare.
 	Strict    bool
 	Ranges    []Range
@@ -177,12 +181,41 @@ func (p *Policy) SelectsNode(nodeLabels map[string]string) bool {
 	return p.nodes.Matches(labels.Set(nodeLabels))
 }
 
-// Matches says whether the policy's selectors select the Service, whatever other policies do.
+// SelectsAllNodes says whether the policy asks for all nodes, whatever labels they have.
+func (p *Policy) SelectsAllNodes() bool { return p.nodes.Empty() }
+
+// TakesOver says whether the policy covers Services that kube-proxy forwards as well, so that kube-proxy has to be told to let go.
+func (p *Policy) TakesOver() bool { return !p.coexist }
+
+// TakenOver says whether the Service's service-proxy-name label is one that we set, to be removed by us again.
+func TakenOver(svc *corev1.Service) bool {
+	_, claimed := svc.Annotations[v1alpha1.AnnotationTakenOver]
+	return claimed && svc.Labels[LabelServiceProxyName] == v1alpha1.ServiceProxyName
+}
+
+// userLabels are the labels without the one that we set: it must not change what selectors select, or a Service would leave its policy by being taken over.
+func userLabels(svc *corev1.Service) labels.Set {
+	if !TakenOver(svc) {
+		return svc.Labels
+	}
+	out := maps.Clone(svc.Labels)
+	delete(out, LabelServiceProxyName)
+	return out
+}
+
+// Matches says whether the policy's selectors select the Service, whatever other policies do. The label that we set for a policy with TakeOver counts as none.
 func (p *Policy) Matches(svc *corev1.Service, namespaceLabels map[string]string) bool {
-	if p.coexist && svc.Labels[LabelServiceProxyName] != v1alpha1.ServiceProxyName {
+	set := userLabels(svc)
+	if p.coexist && set[LabelServiceProxyName] != v1alpha1.ServiceProxyName {
 		return false
 	}
-	return p.services.Matches(labels.Set(svc.Labels)) && p.namespaces.Matches(labels.Set(namespaceLabels))
+	return p.services.Matches(set) && p.namespaces.Matches(labels.Set(namespaceLabels))
+}
+
+// keeps says whether the policy, which is being deleted, keeps a Service that it covers.
+func (p *Policy) keeps(svc *corev1.Service) bool {
+	_, byUser := userLabels(svc)[LabelServiceProxyName]
+	return byUser || !p.HandsBack
 }
 
 // Coverable says whether any policy may cover the Service: headless and ExternalName Services have no address, and a
@@ -203,13 +236,13 @@ func SortByPrecedence(policies []*Policy) {
 }
 
 // Select finds the policy that covers the Service among policies sorted by precedence, nil if none does. current names the policy that
-// covers it so far, if any: a policy that is being deleted covers only what it covers already.
+// covers it so far, if any: a policy that is being deleted covers only what it covers already, and of this only what nobody else would take.
 func Select(policies []*Policy, svc *corev1.Service, namespaceLabels map[string]string, current string) *Policy {
 	if !Coverable(svc) {
 		return nil
 	}
 	for _, p := range policies {
-		if (!p.Terminating || p.Name == current) && p.Matches(svc, namespaceLabels) {
+		if (!p.Terminating || p.Name == current && p.keeps(svc)) && p.Matches(svc, namespaceLabels) {
 			return p
 		}
 	}

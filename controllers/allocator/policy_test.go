@@ -57,6 +57,14 @@ func TestSelect(t *testing.T) {
 		return func(p *v1alpha1.ServiceProxyPolicy) { p.Spec.Priority = n }
 	}
 	coexist := func(p *v1alpha1.ServiceProxyPolicy) { p.Spec.KubeProxy = v1alpha1.KubeProxyCoexist }
+	labelled := func(s *corev1.Service) { s.Labels[LabelServiceProxyName] = v1alpha1.ServiceProxyName }
+	takenOver := func(s *corev1.Service) {
+		labelled(s)
+		s.Annotations = map[string]string{v1alpha1.AnnotationTakenOver: "a"}
+	}
+	unlabelled := func(p *v1alpha1.ServiceProxyPolicy) {
+		p.Spec.ServiceSelector.MatchExpressions = []metav1.LabelSelectorRequirement{{Key: LabelServiceProxyName, Operator: metav1.LabelSelectorOpDoesNotExist}}
+	}
 	dying := func(p *v1alpha1.ServiceProxyPolicy) { p.DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)} }
 	for _, tt := range []struct {
 		name     string
@@ -83,10 +91,25 @@ func TestSelect(t *testing.T) {
 		{"a dying policy covers nothing new", policies{apiPolicy("a", time.Hour, dying), apiPolicy("b", 0, nil)}, svc(nil), "", "b"},
 		{"a dying policy keeps what it has", policies{apiPolicy("a", time.Hour, dying), apiPolicy("b", 0, nil)}, svc(nil), "a", "a"},
 		{"no policy", nil, svc(nil), "gone", ""},
+		{"taken over, TakeOver", policies{apiPolicy("a", 0, nil)}, svc(takenOver), "", "a"},
+		{"taken over is not labelled by the user", policies{apiPolicy("b", time.Hour, coexist), apiPolicy("a", 0, nil)}, svc(takenOver), "", "a"},
+		{"our label does not end the selection", policies{apiPolicy("a", 0, unlabelled)}, svc(takenOver), "", "a"},
+		{"the user's label does", policies{apiPolicy("a", 0, unlabelled)}, svc(labelled), "", ""},
+		{"a claim on a label that is another proxy's says nothing", policies{apiPolicy("a", 0, nil)}, svc(func(s *corev1.Service) {
+			takenOver(s)
+			s.Labels[LabelServiceProxyName] = "cilium"
+		}), "a", ""},
+		{"a dying policy hands back what kube-proxy takes", policies{apiPolicy("back", time.Hour, dying)}, svc(takenOver), "back", ""},
+		{"or the next policy", policies{apiPolicy("back", time.Hour, dying), apiPolicy("b", 0, nil)}, svc(takenOver), "back", "b"},
+		{"a dying policy keeps what nobody would take", policies{apiPolicy("back", time.Hour, dying)}, svc(labelled), "back", "back"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got := ""
-			if p := Select(parse(t, tt.policies...), tt.svc, map[string]string{"team": "a"}, tt.current); p != nil {
+			parsed := parse(t, tt.policies...)
+			for _, p := range parsed {
+				p.HandsBack = p.Name == "back"
+			}
+			if p := Select(parsed, tt.svc, map[string]string{"team": "a"}, tt.current); p != nil {
 				got = p.Name
 			}
 			if got != tt.want {

@@ -154,9 +154,10 @@ func requires(labelled string, r labels.Requirement) string {
 func (v *validator) declareCovering(b *book) {
 	v.let("labels", "object.metadata.?labels.orValue({})")
 	v.let("namespaceLabels", "namespaceObject.metadata.?labels.orValue({})")
-	v.let("handedOver", "variables.labels[?%[1]s].orValue('') == %[2]s", quote(allocator.LabelServiceProxyName), quote(v1alpha1.ServiceProxyName))
+	v.let("ours", "variables.labels[?%[1]s].orValue('') == %[2]s", quote(allocator.LabelServiceProxyName), quote(v1alpha1.ServiceProxyName))
+	v.let("handedOver", "variables.ours && !(%s in object.metadata.?annotations.orValue({}))", quote(v1alpha1.AnnotationTakenOver))
 	v.let("coverable", "object.spec.?type.orValue('') != 'ExternalName' && object.spec.?clusterIP.orValue('') != 'None'"+
-		" && (variables.handedOver || !(%s in variables.labels))", quote(allocator.LabelServiceProxyName))
+		" && (variables.ours || !(%s in variables.labels))", quote(allocator.LabelServiceProxyName))
 	before, first := "-1", 0
 	for i, chunk := range chunks(b.covers, maxConditions) {
 		name := "covering" + strconv.Itoa(i)

@@ -85,6 +85,9 @@ var _ = Describe("The policy that covers a Service", func() {
 					}
 					if r.IntN(3) == 0 {
 						svc.Labels[allocator.LabelServiceProxyName] = []string{v1alpha1.ServiceProxyName, "other"}[r.IntN(2)]
+						if r.IntN(2) == 0 { // set by the controller
+							svc.Annotations = map[string]string{v1alpha1.AnnotationTakenOver: "p0"}
+						}
 					}
 				}
 				if r.IntN(12) == 0 {
