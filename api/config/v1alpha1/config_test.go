@@ -179,3 +179,24 @@ func TestBadControllerFile(t *testing.T) {
 		}
 	}
 }
+
+func TestAdopt(t *testing.T) {
+	running, problems := read(agentHeader + "clusterCIDR: [10.244.0.0/16]\nmetricsBindAddress: :1\nhealthzBindAddress: :2")
+	wanted, more := read(agentHeader + "clusterCIDR: [10.1.0.0/16]\nmetricsBindAddress: :3\nhealthzBindAddress: :2\nconntrack: {min: 5}\nlogging: {format: json}\ndropInvalid: false")
+	if problems+more != "" {
+		t.Fatal(problems, more)
+	}
+	adopted, waiting := config.Adopt(running, wanted)
+	if got := strings.Join(adopted, " "); got != "clusterCIDR dropInvalid conntrack.min" {
+		t.Errorf("adopted %s", got)
+	}
+	if got := strings.Join(waiting, " "); got != "metricsBindAddress logging.format" {
+		t.Errorf("waiting: %s", got)
+	}
+	if running.ClusterCIDR[0] != "10.1.0.0/16" || *running.DropInvalid || *running.Conntrack.Min != 5 || running.MetricsBindAddress != ":1" || running.Logging.Format != config.LogText {
+		t.Errorf("got %+v", running)
+	}
+	if adopted, waiting := config.Adopt(running, wanted); adopted != nil || len(waiting) != 2 {
+		t.Errorf("again: %v, %v", adopted, waiting)
+	}
+}

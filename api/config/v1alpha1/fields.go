@@ -16,6 +16,8 @@ type Field struct {
 	// Of and Name say where the Go type declares it.
 	Of   reflect.Type
 	Name string
+
+	in reflect.Value // the configuration's own
 }
 
 // Fields gives the settings of the configuration that a pointer points to, in the order of their declaration. apiVersion and kind are none.
@@ -35,7 +37,24 @@ func appendFields(list []Field, prefix string, in reflect.Value) []Field {
 			list = appendFields(list, prefix+name+".", in.Field(i))
 			continue
 		}
-		list = append(list, Field{Path: prefix + name, Live: declared.Tag.Get("apply") == "live", Value: in.Field(i).Interface(), Of: t, Name: declared.Name})
+		list = append(list, Field{Path: prefix + name, Live: declared.Tag.Get("apply") == "live", Value: in.Field(i).Interface(), Of: t, Name: declared.Name, in: in.Field(i)})
 	}
 	return list
+}
+
+// Adopt takes over into the running configuration what another one of the same type has for its live fields. It gives the paths of the fields that changed so, and of those that
+// differ and wait for a restart.
+func Adopt(running, wanted any) (adopted, waiting []string) {
+	theirs := Fields(wanted)
+	for i, ours := range Fields(running) {
+		switch {
+		case reflect.DeepEqual(ours.Value, theirs[i].Value):
+		case ours.Live:
+			ours.in.Set(theirs[i].in)
+			adopted = append(adopted, ours.Path)
+		default:
+			waiting = append(waiting, ours.Path)
+		}
+	}
+	return adopted, waiting
 }

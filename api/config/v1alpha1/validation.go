@@ -61,7 +61,7 @@ func checkInterface(path *field.Path, name string, mode LocalMode, what string) 
 		return field.ErrorList{field.Required(path, fmt.Sprintf("detectLocalMode %s needs the %s", mode, what))}
 	}
 	if len(name) > 15 || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`/:*"\`, r) }) || name == "." || name == ".." {
-		return field.ErrorList{field.Invalid(path, name, "must be the "+what+fmt.Sprintf(`: at most 15 characters, none of them / : * " \ or blank`))}
+		return field.ErrorList{field.Invalid(path, name, "must be the "+what+`: at most 15 characters, none of them / : * " \ or blank`)}
 	}
 	return nil
 }
