@@ -31,6 +31,8 @@ type Assignment struct {
 	// ServiceIPs, ExternalIPs, LoadBalancerIPs and SourceRanges are as in forwarding.Service.
 	ServiceIPs, ExternalIPs, LoadBalancerIPs []netip.Addr
 	SourceRanges                             []netip.Prefix
+	// Families are those of ServiceIPs: the Service exists in no other.
+	Families forwarding.Families
 
 	Affinity                     time.Duration
 	InternalLocal, ExternalLocal bool
@@ -131,10 +133,16 @@ func (a *Assignment) parseAddresses(spec *v1alpha1.ServiceAssignmentSpec, bad *p
 	for i, s := range spec.LoadBalancerIPs {
 		loadBalancerIPs = appendAddr(loadBalancerIPs, fmt.Sprintf("spec.loadBalancerIPs[%d]", i), s, bad)
 	}
-	// An address that is a service IP as well is served as a service IP: one address has one meaning.
-	isServiceIP := func(ip netip.Addr) bool { return slices.Contains(a.ServiceIPs, ip) }
-	loadBalancerIPs = slices.DeleteFunc(loadBalancerIPs, isServiceIP)
-	a.ExternalIPs = slices.DeleteFunc(append(a.ExternalIPs, loadBalancerIPs...), isServiceIP)
+	for _, ip := range a.ServiceIPs {
+		a.Families |= forwarding.FamilyOf(ip)
+	}
+	// An address that is a service IP as well is served as a service IP: one address has one meaning. One of a family that the Service does not have is not
+	// served at all, because it has no endpoints there: who put it there, say a load balancer that translates, does so itself.
+	skip := func(ip netip.Addr) bool {
+		return slices.Contains(a.ServiceIPs, ip) || a.Families&forwarding.FamilyOf(ip) == 0
+	}
+	loadBalancerIPs = slices.DeleteFunc(loadBalancerIPs, skip)
+	a.ExternalIPs = slices.DeleteFunc(append(a.ExternalIPs, loadBalancerIPs...), skip)
 	a.ExternalIPs = sorted(a.ExternalIPs, netip.Addr.Compare)
 	a.guard(loadBalancerIPs, spec.LoadBalancerSourceRanges, bad)
 }

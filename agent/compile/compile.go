@@ -37,7 +37,7 @@ func service(a *Assignment, p *Port, slicesOf []*Slice, node *Node) *forwarding.
 		Affinity:    a.Affinity,
 	}
 	if p.NodePort != 0 {
-		s.NodePortAddresses = a.NodePortAddresses.on(node)
+		s.NodePortAddresses = inFamilies(a.NodePortAddresses.on(node), a.Families)
 	}
 	if len(a.LoadBalancerIPs) > 0 {
 		s.LoadBalancerIPs, s.SourceRanges = a.LoadBalancerIPs, a.sourceRangesOn(node)

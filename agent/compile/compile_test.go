@@ -36,6 +36,11 @@ func assignment(f func(*v1alpha1.ServiceAssignmentSpec)) *v1alpha1.ServiceAssign
 	return a
 }
 
+// dualStack gives a Service an IPv6 address too.
+func dualStack(s *v1alpha1.ServiceAssignmentSpec) {
+	s.ServiceIPs = append(s.ServiceIPs, v1alpha1.ServiceIP{IP: "fd00:99::1"})
+}
+
 // endpoint reads "ADDRESS [notready] [serving] [terminating] [on=NODE] [fornode=NODE]... [forzone=ZONE]...".
 func endpoint(t *testing.T, s string) discoveryv1.Endpoint {
 	t.Helper()
@@ -296,6 +301,7 @@ func TestNodePortAddresses(t *testing.T) {
 		{"10.0.0.0/8 Primary 10.0.0.0/8", "10.0.0.0/8 192.168.0.1/32 fd00:1::1/128"},
 	} {
 		a := parsedAssignment(t, assignment(func(s *v1alpha1.ServiceAssignmentSpec) {
+			dualStack(s)
 			s.NodePortAddresses, s.Ports[0].NodePort = strings.Fields(tc.in), 30080
 		}))
 		if got := Services(a, nil, node(""))[0].NodePortAddresses; !slices.Equal(got, prefixes(strings.Fields(tc.want)...)) {
@@ -331,6 +337,7 @@ func TestSourceRanges(t *testing.T) {
 		{"the rest of an unreadable list stays in force", "203.0.113.7", "10.0.0.0 192.0.2.0/24", "203.0.113.7", "192.0.2.0/24"},
 	} {
 		a, _ := ParseAssignment(assignment(func(s *v1alpha1.ServiceAssignmentSpec) {
+			dualStack(s)
 			s.LoadBalancerIPs, s.LoadBalancerSourceRanges = strings.Fields(tc.ips), strings.Fields(tc.ranges)
 		}))
 		if !slices.Equal(a.LoadBalancerIPs, addrs(strings.Fields(tc.guarded)...)) || !slices.Equal(a.SourceRanges, prefixes(strings.Fields(tc.want)...)) {
@@ -347,6 +354,7 @@ func TestSourceRangesOfNode(t *testing.T) {
 		{"IPv6", "198.51.100.0/24 fd00:1::/64", "198.51.100.0/24 2001:db8::7/128 fd00:1::/64"},
 	} {
 		a := parsedAssignment(t, assignment(func(s *v1alpha1.ServiceAssignmentSpec) {
+			dualStack(s)
 			s.LoadBalancerIPs, s.LoadBalancerSourceRanges = []string{"203.0.113.7", "2001:db8::7"}, strings.Fields(tc.ranges)
 		}))
 		before := slices.Clone(a.SourceRanges)
@@ -358,6 +366,25 @@ func TestSourceRangesOfNode(t *testing.T) {
 		if !slices.Equal(a.SourceRanges, before) {
 			t.Errorf("%s: the assignment's own ranges became %v", tc.name, a.SourceRanges)
 		}
+	}
+}
+
+// A Service exists in the families of its service IPs only. In others it could only refuse, and would refuse what somebody else serves there: a load balancer
+// that translates, another socket of the node.
+func TestFamilies(t *testing.T) {
+	everywhere := func(s *v1alpha1.ServiceAssignmentSpec) {
+		s.ExternalIPs, s.LoadBalancerIPs = []string{"203.0.113.9", "2001:db8::9"}, []string{"203.0.113.7", "2001:db8::7"}
+		s.LoadBalancerSourceRanges = []string{"198.51.100.0/24", "2001:db8:9::/48"}
+		s.NodePortAddresses, s.Ports[0].NodePort = []string{"All"}, 30080
+	}
+	got := Services(parsedAssignment(t, assignment(everywhere)), nil, node(""))[0]
+	if !slices.Equal(got.ExternalIPs, addrs("203.0.113.7", "203.0.113.9")) || !slices.Equal(got.LoadBalancerIPs, addrs("203.0.113.7")) ||
+		!slices.Equal(got.NodePortAddresses, prefixes("0.0.0.0/0")) {
+		t.Errorf("an IPv4 Service is served at %v, guarded at %v, its node ports at %v", got.ExternalIPs, got.LoadBalancerIPs, got.NodePortAddresses)
+	}
+	got = Services(parsedAssignment(t, assignment(func(s *v1alpha1.ServiceAssignmentSpec) { dualStack(s); everywhere(s) })), nil, node(""))[0]
+	if len(got.ExternalIPs) != 4 || len(got.LoadBalancerIPs) != 2 || len(got.NodePortAddresses) != 2 {
+		t.Errorf("a dual-stack Service is served at %v, guarded at %v, its node ports at %v", got.ExternalIPs, got.LoadBalancerIPs, got.NodePortAddresses)
 	}
 }
 

@@ -1,6 +1,10 @@
 package compile
 
-import "net/netip"
+import (
+	"net/netip"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+)
 
 var (
 	everyAddress = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
@@ -24,4 +28,9 @@ func (a NodePortAddresses) on(n *Node) []netip.Prefix {
 		out = append(out, loopback...)
 	}
 	return sorted(append(out, a.CIDRs...), netip.Prefix.Compare)
+}
+
+// inFamilies gives the prefixes of some families; the list itself if that is all of them.
+func inFamilies(list []netip.Prefix, families forwarding.Families) []netip.Prefix {
+	return filter(list, func(p netip.Prefix) bool { return families&forwarding.FamilyOf(p.Addr()) != 0 })
 }

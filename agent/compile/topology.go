@@ -46,7 +46,7 @@ func preference(list []candidate, zone string) func(candidate) bool {
 }
 
 // filter gives those of a list that match; the list itself if all do.
-func filter(list []candidate, match func(candidate) bool) []candidate {
+func filter[T any](list []T, match func(T) bool) []T {
 	n := 0
 	for _, c := range list {
 		if match(c) {
@@ -56,7 +56,7 @@ func filter(list []candidate, match func(candidate) bool) []candidate {
 	if n == len(list) {
 		return list
 	}
-	out := make([]candidate, 0, n)
+	out := make([]T, 0, n)
 	for _, c := range list {
 		if match(c) {
 			out = append(out, c)
