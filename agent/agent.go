@@ -26,6 +26,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/agent/healthport"
+	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 )
 
 // Config is what an agent needs to run.
@@ -91,7 +92,9 @@ func Run(ctx context.Context, c Config) error {
 	}
 	running.Go(func() { logWaiting(ctx, c.Log, waitingPeriod, c.API.Host, c.NodeName, h.lacks) })
 	running.Go(func() { r.run(ctx) })
-	running.Go(func() { s.follow(ctx, c.Changes) })
+	kernel := make(chan sysctl.Conntrack)
+	running.Go(func() { newTuner(c.Log.WithName("sysctl"), r.tuned).run(ctx, c.Settings.Conntrack, kernel) })
+	running.Go(func() { follow(ctx, c.Changes, s, kernel) })
 	if c.Conntrack != nil {
 		running.Go(func() { flows.Run(ctx, c.Conntrack) })
 	}
@@ -101,6 +104,26 @@ func Run(ctx context.Context, c Config) error {
 	running.Wait()
 	c.Log.Info("Stopped; the rules stay in force", "node", c.NodeName)
 	return errors.Join(failed, err)
+}
+
+// follow passes other settings on as they come, until there are no more or ctx ends.
+func follow(ctx context.Context, changes <-chan Settings, s *store, kernel chan<- sysctl.Conntrack) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case settings, open := <-changes:
+			if !open {
+				return
+			}
+			s.configure(settings)
+			select {
+			case kernel <- settings.Conntrack:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
 }
 
 // serve serves until ctx ends; if it fails before, it ends everything.

@@ -47,6 +47,7 @@ type reporter struct {
 	interval time.Duration
 	// conditions are the object's, so that a restart of the agent is no transition.
 	conditions []metav1.Condition
+	kernel     *kernelReport // nil until it is known
 }
 
 func newReporter(log logr.Logger, version string, write func(context.Context, *v1alpha1.NodeProxyStateStatus) error) *reporter {
@@ -64,6 +65,14 @@ func (r *reporter) publish(report Report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.latest = &report
+	r.signal()
+}
+
+// tuned makes k what is known of the kernel.
+func (r *reporter) tuned(k kernelReport) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.kernel = &k
 	r.signal()
 }
 
@@ -180,6 +189,14 @@ func (r *reporter) status() *v1alpha1.NodeProxyStateStatus {
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, l.Reason, truncate(l.Message, 1024)
 	}
 	meta.SetStatusCondition(&r.conditions, ready)
+	if k := r.kernel; k != nil {
+		status.LocalPorts = apiPorts(k.localPorts)
+		tuned := metav1.Condition{Type: v1alpha1.NodeProxyKernelTuned, Status: metav1.ConditionTrue, Reason: "Tuned", Message: "the kernel's parameters are at least what the agent's configuration asks for"}
+		if k.problem != "" {
+			tuned.Status, tuned.Reason, tuned.Message = metav1.ConditionFalse, "ParametersTooLow", truncate(k.problem, 1024)
+		}
+		meta.SetStatusCondition(&r.conditions, tuned)
+	}
 	status.Conditions = slices.Clone(r.conditions)
 	return status
 }

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"context"
 	"maps"
 	"net/netip"
 	"slices"
@@ -136,21 +135,6 @@ func (s *store) configure(settings Settings) {
 	defer s.mu.Unlock()
 	s.settings = settings
 	s.signal()
-}
-
-// follow takes other settings in as they come, until there are no more or ctx ends.
-func (s *store) follow(ctx context.Context, changes <-chan Settings) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case settings, open := <-changes:
-			if !open {
-				return
-			}
-			s.configure(settings)
-		}
-	}
 }
 
 // nodeLeaving says whether the node is being deleted.

@@ -56,7 +56,9 @@ type nodeEntry struct {
 	ready    bool
 	prefixes []netip.Prefix // its pod CIDRs and its own addresses
 	modes    []v1alpha1.NodeProxyMode
-	exists   bool
+	// localPorts are what its kernel gives to outgoing connections.
+	localPorts []v1alpha1.NodePortRange
+	exists     bool
 }
 
 // assignmentEntry is what policy status counts of an assignment.

@@ -150,10 +150,11 @@ func (l *ledger) onNode(before, after *corev1.Node) {
 	defer l.mu.Unlock()
 	if after == nil {
 		n := l.nodes[before.Name]
-		l.setNode(before.Name, nodeEntry{modes: n.modes})
+		l.setNode(before.Name, nodeEntry{modes: n.modes, localPorts: n.localPorts})
 		return
 	}
-	n := nodeEntry{labels: after.Labels, exists: true, modes: l.nodes[after.Name].modes}
+	was := l.nodes[after.Name]
+	n := nodeEntry{labels: after.Labels, exists: true, modes: was.modes, localPorts: was.localPorts}
 	for _, c := range after.Status.Conditions {
 		n.ready = n.ready || c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 	}
@@ -175,19 +176,19 @@ func (l *ledger) onNodeProxyState(before, after *v1alpha1.NodeProxyState) {
 	defer l.mu.Unlock()
 	if after == nil {
 		n := l.nodes[before.Name]
-		n.modes = nil
+		n.modes, n.localPorts = nil, nil
 		l.setNode(before.Name, n)
 		return
 	}
 	n := l.nodes[after.Name]
-	n.modes = after.Status.Modes
+	n.modes, n.localPorts = after.Status.Modes, after.Status.LocalPorts
 	l.setNode(after.Name, n)
 }
 
 // setNode replaces an entry. Heartbeats, which change nothing of it, cost nothing more.
 func (l *ledger) setNode(name string, n nodeEntry) {
 	was := l.nodes[name]
-	if !n.exists && n.modes == nil {
+	if !n.exists && n.modes == nil && n.localPorts == nil {
 		delete(l.nodes, name)
 	} else {
 		l.nodes[name] = n
@@ -196,7 +197,8 @@ func (l *ledger) setNode(name string, n nodeEntry) {
 		for _, e := range l.policies {
 			l.stale = e.noteClash(name, n) || l.stale
 		}
-	} else if was.exists == n.exists && was.ready == n.ready && maps.Equal(was.labels, n.labels) && slices.EqualFunc(was.modes, n.modes, sameAbility) {
+	} else if was.exists == n.exists && was.ready == n.ready && maps.Equal(was.labels, n.labels) &&
+		slices.EqualFunc(was.modes, n.modes, sameAbility) && slices.Equal(was.localPorts, n.localPorts) {
 		return
 	}
 	l.touchAll()

@@ -77,15 +77,17 @@ const (
 	reasonNoServices    = "NoServices"
 	reasonReady         = "Ready"
 	reasonDeletionWaits = "DeletionWaits"
+	reasonExclusive     = "Exclusive"
+	reasonLocalPorts    = "OverlapsLocalPorts"
 )
 
 // conditions states each condition; Ready is the first of the others that is not as it should be. That nothing is left for a Service to come is not amiss as long as
-// those that exist have all they are owed.
+// those that exist have all they are owed, nor is that a port may be taken some day.
 func (v policyView) conditions() []metav1.Condition {
-	all := []metav1.Condition{v.accepted(), v.conflicted(), v.rangesReady(), v.capacityAvailable(), v.programmed()}
+	all := []metav1.Condition{v.accepted(), v.conflicted(), v.rangesReady(), v.capacityAvailable(), v.programmed(), v.nodePortsExclusive()}
 	ready := condition(v1alpha1.PolicyReady, true, reasonReady, "the policy is accepted, its ranges are ready and what it covers is programmed")
 	for _, c := range all {
-		if good := c.Type != v1alpha1.PolicyConflicted; (c.Status == metav1.ConditionTrue) != good && c.Reason != reasonFull {
+		if good := c.Type != v1alpha1.PolicyConflicted; (c.Status == metav1.ConditionTrue) != good && c.Reason != reasonFull && c.Reason != reasonLocalPorts {
 			ready = condition(v1alpha1.PolicyReady, false, c.Reason, c.Message)
 			break
 		}
@@ -210,6 +212,24 @@ func (v policyView) programmed() metav1.Condition {
 		return condition(v1alpha1.PolicyProgrammed, true, reasonNoServices, "the policy covers no Service")
 	}
 	return condition(v1alpha1.PolicyProgrammed, true, reasonProgrammed, "every covered Service is programmed on every selected node that is Ready")
+}
+
+// nodePortsExclusive warns of node ports that a node's kernel gives to outgoing connections as well: such a port may be taken when something has to listen at it, as
+// for a health-check node port.
+func (v policyView) nodePortsExclusive() metav1.Condition {
+	switch n := len(v.localPorts); {
+	case v.resolved == nil || v.resolved.NodePorts.Size() == 0:
+		return condition(v1alpha1.PolicyNodePortsExclusive, true, reasonExclusive, "the policy declares no node ports")
+	case n > 0:
+		named := v.localPorts
+		if n > maxNamed {
+			named = append(named[:maxNamed:maxNamed], "...")
+		}
+		return condition(v1alpha1.PolicyNodePortsExclusive, false, reasonLocalPorts, fmt.Sprintf(
+			"%d selected nodes give ports of nodePortRange %s to outgoing connections, too, so that one may be taken when it is needed: %s; set net.ipv4.ip_local_reserved_ports=%s "+
+				"on these nodes (beside what is reserved there), or declare a range outside of theirs", n, v.resolved.NodePorts, strings.Join(named, ", "), v.resolved.NodePorts))
+	}
+	return condition(v1alpha1.PolicyNodePortsExclusive, true, reasonExclusive, "no selected node is known to give ports of nodePortRange to outgoing connections")
 }
 
 // kubernetesService is the API server's own Service.

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/allocator"
@@ -39,5 +40,49 @@ func TestEachRangeIsListedOnce(t *testing.T) {
 	}
 	if strings.Join(listed, " ") != "10.1.0.0/24 10.2.0.0/24" {
 		t.Errorf("lists %q", listed)
+	}
+}
+
+// Two nodes give ports of the policy's range to outgoing connections, one has reserved them, one is not selected.
+func TestNodePortsThatAreLocalPorts(t *testing.T) {
+	selected := map[string]string{"edge": "yes"}
+	local := func(ends ...int32) (out []v1alpha1.NodePortRange) {
+		for i := 0; i < len(ends); i += 2 {
+			out = append(out, v1alpha1.NodePortRange{Start: ends[i], End: ends[i+1]})
+		}
+		return out
+	}
+	nodes := map[string]nodeEntry{
+		"b":        {exists: true, labels: selected, localPorts: local(32768, 60999)},
+		"a":        {exists: true, labels: selected, localPorts: local(1024, 30999, 33001, 60999)},
+		"reserved": {exists: true, labels: selected, localPorts: local(1024, 29999, 33001, 60999)},
+		"silent":   {exists: true, labels: selected},
+		"other":    {exists: true, localPorts: local(1024, 65535)},
+	}
+	resolved, err := allocator.ParsePolicy(&v1alpha1.ServiceProxyPolicy{Spec: v1alpha1.ServiceProxyPolicySpec{
+		NodePortRange: &v1alpha1.NodePortRange{Start: 30000, End: 33000},
+		NodeSelector:  metav1.LabelSelector{MatchLabels: selected},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := policyView{resolved: resolved}
+	v.countNodes(nodes, v1alpha1.ProxyModeNFTables)
+	all := v.conditions()
+	c := apimeta.FindStatusCondition(all, v1alpha1.PolicyNodePortsExclusive)
+	const want = "2 selected nodes give ports of nodePortRange 30000-33000 to outgoing connections, too, so that one may be taken when it is needed: " +
+		"a (30000-30999), b (32768-33000); set net.ipv4.ip_local_reserved_ports=30000-33000 "
+	if c == nil || c.Status != metav1.ConditionFalse || c.Reason != reasonLocalPorts || !strings.HasPrefix(c.Message, want) {
+		t.Errorf("got %+v\nwant False, %s: %s", c, reasonLocalPorts, want)
+	}
+	if ready := apimeta.FindStatusCondition(all, v1alpha1.PolicyReady); ready.Reason == reasonLocalPorts {
+		t.Error("a policy is not ready because a port may be taken some day")
+	}
+	delete(nodes, "a")
+	delete(nodes, "b")
+	v = policyView{resolved: resolved}
+	v.countNodes(nodes, v1alpha1.ProxyModeNFTables)
+	if c := v.nodePortsExclusive(); c.Status != metav1.ConditionTrue {
+		t.Errorf("got %+v although the nodes keep off these ports", c)
 	}
 }

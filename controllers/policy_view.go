@@ -32,6 +32,7 @@ type policyView struct {
 	unsettled   bool     // Services that the policy covers, or may cover, have not been looked at since the policies changed
 	nodes       v1alpha1.PolicyNodesStatus
 	unsupported []string  // the first few nodes that cannot do the mode, and what they can do
+	localPorts  []string  // the selected nodes that give ports of nodePortRange to outgoing connections, and which
 	nextReady   time.Time // when a range's grace ends
 }
 
@@ -129,6 +130,9 @@ func (v *policyView) countNodes(nodes map[string]nodeEntry, mode v1alpha1.ProxyM
 		if n.ready {
 			v.nodes.Ready++
 		}
+		if ports := overlap(v.resolved.NodePorts, n.localPorts); ports != "" {
+			v.localPorts = append(v.localPorts, name+" ("+ports+")")
+		}
 		var can []string
 		able := len(n.modes) == 0 // it has not reported yet
 		for _, m := range n.modes {
@@ -148,10 +152,25 @@ func (v *policyView) countNodes(nodes map[string]nodeEntry, mode v1alpha1.ProxyM
 		}
 		v.unsupported = append(v.unsupported, name+" (can do "+what+")")
 	}
-	slices.Sort(v.unsupported) // map order must not reach the status
+	slices.Sort(v.localPorts) // map order must not reach the status
+	slices.Sort(v.unsupported)
 	if len(v.unsupported) > maxNamed {
 		v.unsupported = append(v.unsupported[:maxNamed:maxNamed], "...")
 	}
+}
+
+// overlap says which ports of a range the local ones are, "" if none.
+func overlap(ports allocator.PortRange, local []v1alpha1.NodePortRange) string {
+	var out []string
+	for _, r := range local {
+		if both := ports.Intersect(allocator.PortRange{First: uint16(r.Start), Last: uint16(r.End)}); both.Size() > 0 {
+			out = append(out, both.String())
+		}
+	}
+	if len(out) > maxNamed {
+		out = append(out[:maxNamed:maxNamed], "...")
+	}
+	return strings.Join(out, ", ")
 }
 
 // wholly says whether nothing of a range is left to the policy because older ones declare it.

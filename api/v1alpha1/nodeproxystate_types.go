@@ -60,6 +60,8 @@ const (
 const (
 	// NodeProxyReady: the kernel holds what the agent wants it to.
 	NodeProxyReady = "Ready"
+	// NodeProxyKernelTuned: the parameters of the node's kernel are at least what the agent's configuration asks for.
+	NodeProxyKernelTuned = "KernelTuned"
 )
 
 // NodeProxyStateStatus is what an agent's kernel holds. The two revisions are marks: every object up to and including this
@@ -113,7 +115,14 @@ type NodeProxyStateStatus struct {
 	// +kubebuilder:validation:MaxLength=128
 	AgentVersion string `json:"agentVersion,omitempty"`
 
-	// conditions: Ready.
+	// localPorts are the ports that the node's kernel gives to outgoing connections by itself: net.ipv4.ip_local_port_range without
+	// net.ipv4.ip_local_reserved_ports. A node port should not be among them.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=64
+	LocalPorts []NodePortRange `json:"localPorts,omitempty"`
+
+	// conditions: Ready, KernelTuned.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

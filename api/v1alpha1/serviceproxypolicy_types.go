@@ -233,6 +233,8 @@ const (
 	PolicyProgrammed = "Programmed"
 	// PolicyConflicted: something of this policy overlaps another policy's, which wins.
 	PolicyConflicted = "Conflicted"
+	// PolicyNodePortsExclusive: no selected node gives ports of nodePortRange to outgoing connections. Ready does not depend on it.
+	PolicyNodePortsExclusive = "NodePortsExclusive"
 	// PolicyTakenOver: no covered Service is forwarded by kube-proxy as well. Not part of Ready: a Service that both forward works.
 	PolicyTakenOver = "TakenOver"
 )
@@ -318,7 +320,7 @@ type ServiceProxyPolicyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// conditions: Ready (summary), Accepted, RangesReady, CapacityAvailable, Programmed, Conflicted, TakenOver.
+	// conditions: Ready (summary), Accepted, RangesReady, CapacityAvailable, Programmed, Conflicted, TakenOver, NodePortsExclusive.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

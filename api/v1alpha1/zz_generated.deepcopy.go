@@ -304,6 +304,11 @@ func (in *NodeProxyStateStatus) DeepCopyInto(out *NodeProxyStateStatus) {
 		*out = make([]NodeProxyMode, len(*in))
 		copy(*out, *in)
 	}
+	if in.LocalPorts != nil {
+		in, out := &in.LocalPorts, &out.LocalPorts
+		*out = make([]NodePortRange, len(*in))
+		copy(*out, *in)
+	}
 	if in.Conditions != nil {
 		in, out := &in.Conditions, &out.Conditions
 		*out = make([]v1.Condition, len(*in))
