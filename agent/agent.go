@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
-	"github.com/vishvananda/netlink"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
@@ -44,7 +43,7 @@ type Config struct {
 	// Modes is the table of backends.
 	Modes []Mode
 	// Conntrack is the node's connection tracking, where UDP flows to endpoints that are gone are ended. nil: they are left to themselves.
-	Conntrack *netlink.Handle
+	Conntrack *conntrack.Table
 	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics. nil: not served. Run closes them.
 	Health, Metrics net.Listener
 	Log             logr.Logger

@@ -22,7 +22,9 @@ func TestLingering(t *testing.T) {
 		{name: "not one that serves no more", protocol: corev1.ProtocolUDP, endpoints: []string{"10.1.0.1", "10.1.0.2 notready terminating"}, want: "[]"},
 		{name: "not one that gets new traffic for want of others", protocol: corev1.ProtocolUDP, endpoints: []string{"10.1.0.2 notready serving terminating"}, want: "[]"},
 		{name: "one elsewhere under a Local policy", protocol: corev1.ProtocolUDP,
-			change:    func(s *v1alpha1.ServiceAssignmentSpec) { s.InternalTrafficPolicy = corev1.ServiceInternalTrafficPolicyLocal },
+			change: func(s *v1alpha1.ServiceAssignmentSpec) {
+				s.InternalTrafficPolicy = corev1.ServiceInternalTrafficPolicyLocal
+			},
 			endpoints: []string{"10.1.0.1 on=node1", "10.1.0.2 on=node2"}, want: "[10.1.0.2:8080]"},
 		{name: "one in another zone", protocol: corev1.ProtocolUDP, endpoints: []string{"10.1.0.1 forzone=a", "10.1.0.2 forzone=b"}, want: "[10.1.0.2:8080]"},
 		{name: "TCP needs none of it", protocol: corev1.ProtocolTCP, endpoints: []string{"10.1.0.1", "10.1.0.2 notready serving terminating"}, want: "[]"},

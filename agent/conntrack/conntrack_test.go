@@ -2,21 +2,16 @@ package conntrack
 
 import (
 	"context"
-	"net"
+	"errors"
 	"net/netip"
-	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-logr/logr"
-	"github.com/go-logr/logr/funcr"
-	"github.com/vishvananda/netlink"
-	vnetns "github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
-	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
 
 func dns(nodePort uint16, endpoints ...string) *forwarding.Service {
@@ -32,26 +27,20 @@ func dns(nodePort uint16, endpoints ...string) *forwarding.Service {
 	return s
 }
 
-// flow is "PROTOCOL SENT-TO ANSWERS": a client's flow to one address and port that another answers.
-func flow(t *testing.T, client uint16, s string) *netlink.ConntrackFlow {
-	t.Helper()
+func with(s *forwarding.Service, change func(*forwarding.Service)) *forwarding.Service {
+	change(s)
+	return s
+}
+
+// lingers makes a service let flows stay with an endpoint that gets no new traffic.
+func lingers(e string) func(*forwarding.Service) {
+	return func(s *forwarding.Service) { s.Lingering = []netip.AddrPort{netip.MustParseAddrPort(e)} }
+}
+
+// parseFlow reads "PROTOCOL SENT-TO ANSWERS": a client's flow to one address and port that another answers.
+func parseFlow(s string) (f flow, protocol string) {
 	words := strings.Fields(s)
-	to, from := netip.MustParseAddrPort(words[1]), netip.MustParseAddrPort(words[2])
-	protocol := map[string]uint8{"udp": unix.IPPROTO_UDP, "tcp": unix.IPPROTO_TCP}[words[0]]
-	source := net.ParseIP("10.1.0.200").To4()
-	family := uint8(unix.AF_INET)
-	if to.Addr().Is6() {
-		source, family = net.ParseIP("fd00:1::200"), unix.AF_INET6
-	}
-	f := &netlink.ConntrackFlow{
-		FamilyType: family, TimeOut: 120,
-		Forward: netlink.IPTuple{Protocol: protocol, SrcIP: source, SrcPort: client, DstIP: to.Addr().AsSlice(), DstPort: to.Port()},
-		Reverse: netlink.IPTuple{Protocol: protocol, SrcIP: from.Addr().AsSlice(), SrcPort: from.Port(), DstIP: source, DstPort: client},
-	}
-	if protocol == unix.IPPROTO_TCP {
-		f.ProtoInfo = &netlink.ProtoInfoTCP{State: 3} // established
-	}
-	return f
+	return flow{netip.MustParseAddrPort(words[1]), netip.MustParseAddrPort(words[2])}, words[0]
 }
 
 func TestFlowsThatLeadNowhereEnd(t *testing.T) {
@@ -62,10 +51,14 @@ func TestFlowsThatLeadNowhereEnd(t *testing.T) {
 	}{
 		{name: "an endpoint goes", prev: dns(0, "10.1.0.1:53", "10.1.0.2:53", "[fd00:1::1]:53"), next: dns(0, "10.1.0.2:53"),
 			ends: []string{"udp 10.99.0.10:53 10.1.0.1:53", "udp [fd00:99::10]:53 [fd00:1::1]:53"},
-			stay: []string{"udp 10.99.0.10:53 10.1.0.2:53", "udp 10.99.0.11:53 10.1.0.1:53", "udp 10.1.0.1:53 10.1.0.1:53", "tcp 10.99.0.10:53 10.1.0.1:53"}},
+			stay: []string{"udp 10.99.0.10:53 10.1.0.2:53", "udp 10.99.0.11:53 10.1.0.1:53", "udp 10.1.0.1:53 10.1.0.1:53"}},
 		{name: "the first endpoint comes: what went out untranslated ends", prev: dns(30053), next: dns(30053, "10.1.0.1:53"),
 			ends: []string{"udp 10.99.0.10:53 10.99.0.10:53", "udp 192.168.0.1:30053 192.168.0.1:30053"},
 			stay: []string{"udp 8.8.8.8:30053 8.8.8.8:30053", "udp 10.99.0.10:53 10.1.0.1:53"}},
+		{name: "the first endpoint of one family comes", prev: dns(0, "10.1.0.1:53"), next: dns(0, "10.1.0.1:53", "[fd00:1::1]:53"),
+			ends: []string{"udp [fd00:99::10]:53 [fd00:99::10]:53"}, stay: []string{"udp 10.99.0.10:53 10.1.0.1:53"}},
+		{name: "an address comes", prev: with(dns(0, "10.1.0.1:53"), func(s *forwarding.Service) { s.ServiceIPs = nil }), next: dns(0, "10.1.0.1:53"),
+			ends: []string{"udp 10.99.0.10:53 10.99.0.10:53"}, stay: []string{"udp 10.99.0.10:53 10.1.0.1:53"}},
 		{name: "node ports", prev: dns(30053, "10.1.0.1:53", "10.1.0.2:53"), next: dns(30053, "10.1.0.2:53"),
 			ends: []string{"udp 192.168.0.1:30053 10.1.0.1:53", "udp 192.168.7.7:30053 10.1.0.1:53"},
 			stay: []string{"udp 192.168.0.1:30053 10.1.0.2:53", "udp 192.168.0.1:30054 10.1.0.1:53"}},
@@ -76,18 +69,23 @@ func TestFlowsThatLeadNowhereEnd(t *testing.T) {
 		{name: "after a restart everything is looked at", prev: nil, next: dns(0, "10.1.0.2:53"),
 			ends: []string{"udp 10.99.0.10:53 10.1.0.1:53"}, stay: []string{"udp 10.99.0.10:53 10.1.0.2:53"}},
 		{name: "an endpoint more", prev: dns(0, "10.1.0.1:53"), next: dns(0, "10.1.0.1:53", "10.1.0.2:53"), stay: []string{"udp 10.99.0.10:53 10.1.0.9:53"}},
+		{name: "an endpoint terminates and serves", prev: dns(0, "10.1.0.1:53", "10.1.0.2:53"), next: with(dns(0, "10.1.0.2:53"), lingers("10.1.0.1:53")),
+			stay: []string{"udp 10.99.0.10:53 10.1.0.1:53"}},
+		{name: "an endpoint that terminated serves no more", prev: with(dns(0, "10.1.0.2:53"), lingers("10.1.0.1:53")), next: dns(0, "10.1.0.2:53"),
+			ends: []string{"udp 10.99.0.10:53 10.1.0.1:53"}},
+		{name: "after a restart with an endpoint that terminates and serves", prev: nil, next: with(dns(0, "10.1.0.2:53"), lingers("10.1.0.1:53")),
+			ends: []string{"udp 10.99.0.10:53 10.1.0.3:53"}, stay: []string{"udp 10.99.0.10:53 10.1.0.1:53"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := New(logr.Discard())
 			c.Changed(tc.prev, tc.next)
-			f := filter(c.stale)
 			for _, s := range tc.ends {
-				if !f.MatchConntrackFlow(flow(t, 1, s)) {
+				if f, _ := parseFlow(s); !c.stale.leadsNowhere(f) {
 					t.Errorf("%s goes on", s)
 				}
 			}
 			for _, s := range tc.stay {
-				if f.MatchConntrackFlow(flow(t, 1, s)) {
+				if f, _ := parseFlow(s); c.stale.leadsNowhere(f) {
 					t.Errorf("%s ends", s)
 				}
 			}
@@ -107,53 +105,90 @@ func TestTCPIsLeftAlone(t *testing.T) {
 	}
 }
 
-// TestAgainstKernel ends flows of a real table.
-func TestAgainstKernel(t *testing.T) {
-	ns := netns.NewT(t)
-	table, err := netlink.NewHandleAt(vnetns.NsHandle(ns.Fd()), unix.NETLINK_NETFILTER)
-	if err != nil {
-		t.Fatal(err)
+// TestAddressMoves: changes of one pass come in any order.
+func TestAddressMoves(t *testing.T) {
+	other := func(endpoints ...string) *forwarding.Service {
+		return with(dns(0, endpoints...), func(s *forwarding.Service) { s.Key.Name = "other" })
 	}
-	defer table.Close()
-	all := []string{"udp 10.99.0.10:53 10.1.0.1:53", "udp 10.99.0.10:53 10.1.0.2:53", "udp [fd00:99::10]:53 [fd00:1::1]:53",
-		"udp 192.168.0.1:30053 10.1.0.1:53", "tcp 10.99.0.10:53 10.1.0.1:53"}
-	for i, s := range all {
-		f := flow(t, uint16(1000+i), s)
-		if err := table.ConntrackCreate(netlink.ConntrackTable, netlink.InetFamily(f.FamilyType), f); err != nil {
-			t.Fatalf("%s: %v", s, err)
+	right, _ := parseFlow("udp 10.99.0.10:53 10.1.0.2:53")
+	wrong, _ := parseFlow("udp 10.99.0.10:53 10.1.0.1:53")
+	gone := func(c *Cleaner) { c.Changed(dns(0, "10.1.0.1:53"), nil) }
+	comes := func(c *Cleaner) { c.Changed(nil, other("10.1.0.2:53")) }
+	for _, order := range [][]func(*Cleaner){{gone, comes}, {comes, gone}} {
+		c := New(logr.Discard())
+		for _, change := range order {
+			change(c)
+		}
+		if c.stale.leadsNowhere(right) || !c.stale.leadsNowhere(wrong) {
+			t.Errorf("the flow to the new owner's endpoint ends: %t, to the old one's: %t", c.stale.leadsNowhere(right), c.stale.leadsNowhere(wrong))
 		}
 	}
-	passes := make(chan string, len(all))
-	c := New(funcr.New(func(_, line string) { passes <- line }, funcr.Options{Verbosity: 1}))
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.Run(ctx, table)
-	}()
-	c.Changed(dns(30053, "10.1.0.1:53", "10.1.0.2:53", "[fd00:1::1]:53"), dns(30053, "10.1.0.2:53"))
-	select {
-	case line := <-passes: // one change is one pass, and it is told only when it is over
-		if !strings.Contains(line, `"flows"=3`) || c.Ended() != 3 {
-			t.Errorf("%s; %d flows have ended, want 3", line, c.Ended())
+}
+
+// TestFailedPass: what a pass could not do is done by a later one, with what has changed meanwhile.
+func TestFailedPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c := New(logr.Discard())
+		var passes []Pass
+		c.Observe = func(p Pass) { passes = append(passes, p) }
+		refused := errors.New("no memory")
+		failing := 3
+		var seen stale
+		go c.run(ctx, func(_ uint8, s stale) (uint, error) {
+			if failing > 0 {
+				failing--
+				return 1, refused
+			}
+			seen = s
+			return 2, nil
+		})
+		only4 := func(s *forwarding.Service) { s.ServiceIPs = s.ServiceIPs[:1] }
+		c.Changed(with(dns(0, "10.1.0.1:53"), only4), with(dns(0, "10.1.0.2:53"), only4))
+		time.Sleep(settle)
+		synctest.Wait()
+		if len(passes) != 1 || !errors.Is(passes[0].Err, refused) || c.Ended() != 1 {
+			t.Fatalf("%+v, %d ended", passes, c.Ended())
 		}
-	case <-time.After(10 * time.Second):
-		t.Fatalf("%d flows have ended, want 3", c.Ended())
-	}
-	cancel()
-	<-done
-	var left []string
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		flows, err := table.ConntrackTableList(netlink.ConntrackTable, family)
-		if err != nil {
-			t.Fatal(err)
+		start := time.Now()
+		c.Changed(with(dns(0, "10.1.0.2:53"), only4), with(dns(0, "10.1.0.3:53"), only4))
+		for len(passes) < 4 && time.Since(start) < time.Minute {
+			time.Sleep(retryMin)
+			synctest.Wait()
 		}
-		for _, f := range flows {
-			left = append(left, all[f.Forward.SrcPort-1000])
+		newest, _ := parseFlow("udp 10.99.0.10:53 10.1.0.3:53")
+		outdated, _ := parseFlow("udp 10.99.0.10:53 10.1.0.2:53")
+		if len(passes) != 4 || passes[3].Err != nil || seen.leadsNowhere(newest) || !seen.leadsNowhere(outdated) {
+			t.Errorf("passes %+v looked at last for %v", passes, seen)
 		}
-	}
-	slices.Sort(left)
-	if want := []string{all[4], all[1]}; !slices.Equal(left, want) {
-		t.Errorf("left are %q, want %q", left, want)
-	}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if len(passes) != 4 || len(c.stale) != 0 {
+			t.Errorf("%d passes, want no more after one that has done all; left is %v", len(passes), c.stale)
+		}
+	})
+}
+
+// TestPassesRest: a pass that takes long is not followed by the next at once, however much changes.
+func TestPassesRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c := New(logr.Discard())
+		passes := 0
+		go c.run(ctx, func(uint8, stale) (uint, error) {
+			passes++
+			time.Sleep(20 * time.Millisecond)
+			return 0, nil
+		})
+		only4 := func(s *forwarding.Service) { s.ServiceIPs = s.ServiceIPs[:1] }
+		for range 1000 { // 10 s
+			c.Changed(nil, with(dns(0, "10.1.0.1:53"), only4))
+			time.Sleep(10 * time.Millisecond)
+		}
+		if passes < 20 || passes > 25 {
+			t.Errorf("%d passes of 20 ms in 10 s, want a twentieth of the time", passes)
+		}
+	})
 }

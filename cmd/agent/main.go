@@ -17,13 +17,12 @@ import (
 	"syscall"
 
 	"github.com/go-logr/logr"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent"
+	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
@@ -106,7 +105,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	flows, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	flows, err := conntrack.Open()
 	if err != nil {
 		log.Error(err, "No access to connection tracking: UDP flows to endpoints that are gone end only when their clients rest")
 		flows = nil

@@ -8,9 +8,6 @@ import (
 	"time"
 
 	"github.com/go-logr/logr/funcr"
-	"github.com/vishvananda/netlink"
-	vnetns "github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
@@ -63,7 +60,7 @@ type backendSubject struct {
 
 	stop    context.CancelFunc
 	running sync.WaitGroup
-	table   *netlink.Handle
+	table   *conntrack.Table
 	cleaner *conntrack.Cleaner
 
 	mu      sync.Mutex // for what follows
@@ -78,10 +75,14 @@ var _ Breaker = (*backendSubject)(nil)
 
 func (s *backendSubject) start() (err error) {
 	s.applied, s.settled = nil, forwarding.State{}
-	if s.table, err = netlink.NewHandleAt(vnetns.NsHandle(s.node.Fd()), unix.NETLINK_NETFILTER); err != nil {
-		return fmt.Errorf("open connection tracking: %w", err)
-	}
-	if err := s.node.Do(func() (err error) { s.backend, err = s.open(); return err }); err != nil {
+	err = s.node.Do(func() (err error) {
+		if s.table, err = conntrack.Open(); err != nil {
+			return err
+		}
+		s.backend, err = s.open()
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	// What the cleaner logs without being asked for details is errors.
