@@ -64,6 +64,9 @@ func (v Verdict) Masquerades(e Endpoint) bool {
 //
 // A frontend that two services claim is whose key comes first; the agent never makes such a State.
 func (s State) Lookup(n Node, p Packet) Verdict {
+	if p.In != "" && p.Destination.Addr().IsLoopback() {
+		return Verdict{Fate: Dropped} // loopback is reached from the node itself, whatever is served there
+	}
 	var found *Service
 	how := none
 	known := false // some service has the address

@@ -100,6 +100,14 @@ func TestLookupOtherProtocol(t *testing.T) {
 	}
 }
 
+func TestLookupLoopbackFromOutside(t *testing.T) {
+	served := shop(func(s *Service) { s.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
+	p := Packet{Protocol: TCP, Source: outside, Destination: netip.MustParseAddrPort("127.0.0.1:30080"), In: "eth0"}
+	if v := served.Lookup(home, p); v.Fate != Dropped {
+		t.Errorf("a neighbour's packet to loopback is %s", v.Fate)
+	}
+}
+
 func TestLookupAffinity(t *testing.T) {
 	pinned := shop(func(s *Service) { s.Affinity = time.Hour })
 	p := Packet{Protocol: TCP, Source: podThere, Destination: netip.MustParseAddrPort("10.99.0.1:80"), Pinned: far.AddrPort}

@@ -44,17 +44,14 @@ func addr16(a netip.Addr) (b [16]byte) {
 	return b
 }
 
-// wants appends the frontends that a service has in one family.
-func (f *family) wants(to []want, s *forwarding.Service, offCluster bool) []want {
+// wants appends the frontends that a service has in one family. internal says who is masqueraded on the way through service IPs.
+func (f *family) wants(to []want, s *forwarding.Service, internal masquerade) []want {
 	w := want{hash: s.Scheduler == forwarding.SourceHash}
 	w.key.proto, w.key.port = s.Key.Protocol, s.Key.Port
 	if s.Affinity > 0 {
 		w.pin = pinOf(s)
 	}
-	w.target = &s.Internal
-	if offCluster {
-		w.masq = masqueradeOffCluster
-	}
+	w.target, w.masq = &s.Internal, internal
 	for _, a := range s.ServiceIPs {
 		if f.is(a) {
 			w.key.addr = addr16(a)

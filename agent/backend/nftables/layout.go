@@ -38,12 +38,15 @@ type family struct {
 	loopback                 netip.Prefix
 	is                       func(netip.Addr) bool
 	bit                      forwarding.Families
+	// localhost says that the kernel can translate what is for loopback. Of IPv6 it cannot: a packet from ::1 leaves by no other interface.
+	localhost bool
 }
 
 var families = [...]*family{
 	{
 		proto: unix.NFPROTO_IPV4, name: "ip", addrLen: 4, addrType: typeIPv4, saddrOffset: 12, daddrOffset: 16,
 		source: nfnl.IPv4Source, destination: nfnl.IPv4Destination, loopback: netip.MustParsePrefix("127.0.0.0/8"), is: netip.Addr.Is4, bit: forwarding.IPv4,
+		localhost: true,
 	},
 	{
 		proto: unix.NFPROTO_IPV6, name: "ip6", addrLen: 16, addrType: typeIPv6, saddrOffset: 8, daddrOffset: 24,
@@ -259,11 +262,16 @@ func (f *family) staticSets() []*nfnl.Set {
 	}
 }
 
-// staticChains are the chains that depend on nothing but the configuration. clusterCIDRs are those of this family.
-func (f *family) staticChains(clusterCIDRs []netip.Prefix) []chain {
-	toServices := []*nfnl.Rule{jump(nfnl.NewRule(), chainServices)}
+// staticChains are the chains that depend on nothing but the ground.
+func (f *family) staticChains(p plot) []chain {
+	toServices := jump(nfnl.NewRule(), chainServices)
 	base := func(name string, num uint32, priority int32, rules ...*nfnl.Rule) chain {
 		return chain{name, &nfnl.Hook{Type: "nat", Num: num, Priority: priority}, rules}
+	}
+	prerouting := []*nfnl.Rule{toServices}
+	if f.localhost {
+		// Translated here, what neighbours send to loopback would be routed as if the node itself had sent it.
+		prerouting = slices.Insert(prerouting, 0, f.match(nfnl.NewRule(), f.daddrOffset, f.loopback).Verdict(nfnl.Verdict{Code: nfnl.Return}))
 	}
 	chains := []chain{
 		{name: chainRefuse, rules: []*nfnl.Rule{
@@ -274,27 +282,22 @@ func (f *family) staticChains(clusterCIDRs []netip.Prefix) []chain {
 			f.enter(nfnl.NewRule(), door{here: true}),
 			jump(local(nfnl.NewRule(), unix.NFTA_FIB_F_DADDR), chainNodePorts+hereSuffix),
 		}},
-		{name: chainServices, rules: f.servicesRules(clusterCIDRs)},
-		base("prerouting", unix.NF_INET_PRE_ROUTING, priorityDestination, toServices...),
-		base("output", unix.NF_INET_LOCAL_OUT, priorityDestination, toServices...),
+		{name: chainServices, rules: f.servicesRules(p)},
+		base("prerouting", unix.NF_INET_PRE_ROUTING, priorityDestination, prerouting...),
+		base("output", unix.NF_INET_LOCAL_OUT, priorityDestination, toServices),
 		base("postrouting", unix.NF_INET_POST_ROUTING, prioritySource, f.postroutingRules()...),
 	}
-	if len(clusterCIDRs) > 0 {
-		var rules []*nfnl.Rule
-		for _, p := range clusterCIDRs {
-			rules = append(rules, f.match(nfnl.NewRule(), f.saddrOffset, p).Verdict(nfnl.Verdict{Code: nfnl.Return}))
-		}
+	if p.serviceIPs() == masqueradeOffCluster {
+		rules := f.fromPods(p, nfnl.Verdict{Code: nfnl.Return})
 		chains = append(chains, chain{name: chainOffCluster, rules: append(rules, setMark(nfnl.NewRule()))})
 	}
-	return chains
+	return append(chains, f.filterChains(p)...)
 }
 
 // servicesRules is where every new connection passes, whatever it is for.
-func (f *family) servicesRules(clusterCIDRs []netip.Prefix) []*nfnl.Rule {
+func (f *family) servicesRules(p plot) []*nfnl.Rule {
 	rules := []*nfnl.Rule{jump(local(nfnl.NewRule(), unix.NFTA_FIB_F_SADDR), chainFromHere)}
-	for _, p := range clusterCIDRs {
-		rules = append(rules, jump(f.match(nfnl.NewRule(), f.saddrOffset, p), chainFromHere))
-	}
+	rules = append(rules, f.fromPods(p, nfnl.Verdict{Code: nfnl.Jump, Chain: chainFromHere})...)
 	return append(rules,
 		f.enter(nfnl.NewRule(), door{}),
 		jump(local(nfnl.NewRule(), unix.NFTA_FIB_F_DADDR), chainNodePorts),
@@ -344,6 +347,9 @@ func (f *family) nodePortChains(classes []class) []chain {
 		}
 		for _, cl := range classes {
 			for _, p := range cl.prefixes {
+				if f.loopbackPrefix(p) && !f.localhost {
+					continue // a listener of the agent serves it
+				}
 				r := f.match(nfnl.NewRule(), f.daddrOffset, p)
 				if p.Bits() < f.loopback.Bits() && p.Overlaps(f.loopback) {
 					r.Payload(nfnl.R0, unix.NFT_PAYLOAD_NETWORK_HEADER, f.daddrOffset, f.addrLen)

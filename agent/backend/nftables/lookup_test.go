@@ -16,11 +16,12 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
 
-// place is where a packet comes from.
+// place is where a packet comes from, and by which of the node's interfaces.
 type place struct {
 	name string
 	ns   *netns.NS
 	addr both
+	in   string
 }
 
 // TestAgreesWithLookup draws services of every shape, sends real packets at all their addresses from everywhere, and compares what becomes of them with
@@ -41,22 +42,24 @@ func TestAgreesWithLookup(t *testing.T) {
 	// Refusals of UDP are ICMP, of which the kernel otherwise sends one client a few a second.
 	sh(t, top.node, `sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv4.icmp_msgs_per_sec=100000 net.ipv6.icmp.ratelimit=0`)
 	places := []place{
-		{"outside", top.client, clientAddr},
-		{"node", top.node, nodeAddr},
-		{"pod 0", top.pods[0], both{podAddr(0, 0, 0).String(), podAddr(1, 0, 0).String()}},
-		{"pod elsewhere", top.client, elsewhere},
+		{"outside", top.client, clientAddr, "client"},
+		{"node", top.node, nodeAddr, ""},
+		{"pod 0", top.pods[0], both{podAddr(0, 0, 0).String(), podAddr(1, 0, 0).String()}, "pod0"},
+		{"pod elsewhere", top.client, elsewhere, "client"},
+		{"loopback", top.node, both{"127.0.0.1", "::1"}, ""},
 	}
 	node := forwarding.Node{}
 	for family := range families {
-		node.Addrs = append(node.Addrs, nodeAddr.addr(family))
+		node.Addrs = append(node.Addrs, nodeAddr.addr(family), both{"127.0.0.1", "::1"}.addr(family))
 	}
+	sh(t, top.node, `sysctl -qw net.ipv4.conf.all.route_localnet=1`)
 	prev := new(state())
 	for family := range families {
 		// The first packet from each place finds out who its neighbours are, which may take longer than a refusal is waited for.
 		next := state(web(family, forwarding.TCP))
 		apply(t, b, prev, next)
 		prev = &next
-		for _, p := range places {
+		for _, p := range places[:len(places)-1] {
 			if _, _, err := ask(p.ns, "tcp", netip.AddrPortFrom(serviceIP.addr(family), 80), p.addr.addr(family)); err != nil {
 				t.Fatalf("from %s: %v", p.name, err)
 			}
@@ -65,27 +68,63 @@ func TestAgreesWithLookup(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		family := rapid.IntRange(0, 1).Draw(t, "family")
 		network := rapid.SampledFrom([]string{"tcp", "udp"}).Draw(t, "network")
-		s := drawShape(t, family, transports[network])
-		next := state(s)
+		proto := transports[network]
+		s := drawShape(t, family, proto, 80, 30080)
+		// Another port of the same Service has endpoints of its own; what is at one port says nothing about the other.
+		other := drawShape(t, family, proto, 443, 30443)
+		next := state(s, other).On(drawLab(t, family))
 		if err := b.Apply(context.Background(), prev, next); err != nil {
 			t.Fatal(err)
 		}
 		prev = &next
 		from := rapid.SampledFrom(places).Draw(t, "from")
+		at := func(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 		to := rapid.SampledFrom([]netip.AddrPort{
-			netip.AddrPortFrom(serviceIP.addr(family), 80), netip.AddrPortFrom(serviceIP.addr(family), 81),
-			netip.AddrPortFrom(externalIP.addr(family), 80), netip.AddrPortFrom(nodeAddr.addr(family), 30080),
+			at(serviceIP.addr(family), 80), at(serviceIP.addr(family), 443), at(serviceIP.addr(family), 81), at(unallocated.addr(family), 80),
+			at(externalIP.addr(family), 80), at(externalIP.addr(family), 443), at(nodeAddr.addr(family), 30080), at(nodeAddr.addr(family), 30443),
 		}).Draw(t, "to")
-		v := next.Lookup(node, forwarding.Packet{Protocol: s.Key.Protocol, Source: from.addr.addr(family), Destination: to})
+		if from.name == "loopback" {
+			to = at(from.addr.addr(family), 30080)
+		}
+		v := next.Lookup(node, forwarding.Packet{Protocol: proto, Source: from.addr.addr(family), Destination: to, In: from.in})
+		if family == 1 && from.name == "loopback" {
+			v = forwarding.Verdict{} // the kernel leaves [::1] to the agent's listener
+		}
 		if err := agree(v, from, network, to, from.addr.addr(family)); err != nil {
 			t.Fatalf("%s from %s to %s, which Lookup says is %s: %v", network, from.name, to, v.Fate, err)
 		}
 	})
 }
 
+// unallocated is an address of a range that no service has.
+var unallocated = both{"10.99.0.9", "fd00:99::9"}
+
+// drawLab is a ground on which pods are told in one way or another, or not at all.
+func drawLab(t *rapid.T, family int) forwarding.Ground {
+	g := rapid.SampledFrom([]forwarding.Ground{
+		ground, {}, {Pods: forwarding.PodTraffic{Interfaces: []string{"pod*"}}}, {Pods: forwarding.PodTraffic{Interfaces: []string{"pod0", "pod1"}}},
+		{Pods: forwarding.PodTraffic{Sources: []netip.Prefix{netip.PrefixFrom(podAddr(family, 1, 0), 64>>(1-family))}, Interfaces: []string{"pod0"}}},
+		{Pods: forwarding.PodTraffic{Interfaces: []string{"*"}}},
+	}).Draw(t, "ground")
+	g.MasqueradeAll = rapid.Bool().Draw(t, "masquerade all")
+	g.DropInvalid = rapid.Bool().Draw(t, "drop invalid")
+	if rapid.Bool().Draw(t, "ranges") {
+		g.Ranges = []netip.Prefix{netip.MustParsePrefix("10.99.0.0/16"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("fd00:99::/112")}
+	}
+	return g
+}
+
 // drawShape is a service with every address, whose targets, policies and guards vary.
-func drawShape(t *rapid.T, family int, proto forwarding.Protocol) *forwarding.Service {
+func drawShape(t *rapid.T, family int, proto forwarding.Protocol, port, nodePort uint16) *forwarding.Service {
 	s := web(family, proto)
+	s.Key.Port, s.NodePort = port, nodePort
+	if rapid.Bool().Draw(t, "at loopback") {
+		s.NodePortAddresses = append(s.NodePortAddresses, netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128"))
+		slices.SortFunc(s.NodePortAddresses, netip.Prefix.Compare)
+	}
+	if rapid.IntRange(0, 3).Draw(t, "with affinity") == 0 {
+		s.Affinity = time.Second
+	}
 	var here, all []forwarding.Endpoint
 	for pod := range 2 {
 		if !rapid.Bool().Draw(t, fmt.Sprintf("pod %d is an endpoint", pod)) {
@@ -98,8 +137,12 @@ func drawShape(t *rapid.T, family int, proto forwarding.Protocol) *forwarding.Se
 		}
 	}
 	cluster, local := forwarding.Target{}, forwarding.Target{}
+	mine := forwarding.Families(1) << family
+	if rapid.Bool().Draw(t, "elsewhere in the other family") {
+		cluster.Elsewhere, local.Elsewhere = 3&^mine, 3&^mine // which is none of this one's business
+	}
 	if len(all) > 0 {
-		cluster, local = forward(all...), forwarding.Target{Elsewhere: forwarding.IPv4 | forwarding.IPv6}
+		cluster, local = forward(all...), forwarding.Target{Elsewhere: mine}
 	}
 	if len(here) > 0 {
 		local = forward(here...)
@@ -127,7 +170,7 @@ func agree(v forwarding.Verdict, from place, network string, to netip.AddrPort, 
 	}
 	server, seen, err := askWithin(wait, from.ns, network, to, source)
 	// A datagram that an output hook rejects or drops never leaves the socket, whose owner is told so.
-	unsent := from.name == "node" && errors.Is(err, syscall.EPERM)
+	unsent := from.in == "" && errors.Is(err, syscall.EPERM)
 	switch v.Fate {
 	case forwarding.Forwarded:
 		i := slices.IndexFunc(v.Endpoints, func(e forwarding.Endpoint) bool { return e.AddrPort == server })
@@ -135,7 +178,7 @@ func agree(v forwarding.Verdict, from place, network string, to netip.AddrPort, 
 			return fmt.Errorf("%v answered (%w), want one of %v", server, err, v.Endpoints)
 		}
 		// The node's own address is the same before and after, except where the kernel takes the one next to the pod.
-		if masqueraded := seen.Addr() != source; masqueraded != v.Masquerades(v.Endpoints[i]) && from.name != "node" {
+		if masqueraded := seen.Addr() != source; masqueraded != v.Masquerades(v.Endpoints[i]) && from.in != "" {
 			return fmt.Errorf("%v saw %v, masqueraded should be %v", server, seen, !masqueraded)
 		}
 	case forwarding.Rejected:

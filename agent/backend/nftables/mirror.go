@@ -21,8 +21,8 @@ const shardLimit = 8192
 // write that to tx and to the mirror at once; so a mirror is only good for as long as the kernel accepts what is in tx.
 type mirror struct {
 	*family
-	clusterCIDRs []netip.Prefix
-	tx           *transaction
+	plot plot
+	tx   *transaction
 
 	exists    bool
 	chains    map[string][]string // name → fingerprints of its rules
@@ -37,6 +37,11 @@ type mirror struct {
 	rivals     map[frontKey][]forwarding.ServiceKey
 	serviceIPs memberSet
 	hairpin    memberSet
+	// ranges are the declared ranges, and bounds what is in the set.
+	ranges *nfnl.Set
+	bounds []bound
+	// loopback says that node ports are served at loopback.
+	loopback bool
 
 	// dirtyClasses says that the node-port chains may have to change; garbage that something may be unused.
 	dirtyClasses, garbage bool
@@ -100,13 +105,8 @@ type frontend struct {
 
 func newMirror(f *family, ground forwarding.Ground) *mirror {
 	m := &mirror{
-		family: f, chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, pins: map[string]bool{},
+		family: f, plot: f.plot(ground), ranges: f.rangeSet(), chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, pins: map[string]bool{},
 		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
-	}
-	for _, p := range ground.Pods.Sources {
-		if f.is(p.Addr()) {
-			m.clusterCIDRs = append(m.clusterCIDRs, p.Masked())
-		}
 	}
 	sets := f.staticSets()
 	m.serviceIPs = memberSet{sets[0], map[member]int{}, (*mirror).serviceIPKey}
@@ -150,12 +150,13 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 			m.tx.addSet(s)
 		}
 	}
+	m.ensureRanges(sets)
 	for _, d := range []door{{}, {here: true}} {
 		if m.doors[d] == nil {
 			m.doors[d] = &doorState{set: m.doorMap(d), shards: map[int]*shard{}}
 		}
 	}
-	chains := append(m.staticChains(m.clusterCIDRs), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
+	chains := append(m.staticChains(m.plot), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
 	for name := range sets {
 		m.pins[name] = strings.HasPrefix(name, mapPins+".")
 	}
@@ -215,7 +216,7 @@ func (m *mirror) prepare(s *forwarding.Service) {
 // claim makes a service the owner of the frontends that it wants, or a rival of who owns them.
 func (m *mirror) claim(svc *forwarding.Service) {
 	m.prepare(svc)
-	m.wanted = m.wants(m.wanted[:0], svc, len(m.clusterCIDRs) > 0)
+	m.wanted = m.wants(m.wanted[:0], svc, m.plot.serviceIPs())
 	for i := range m.wanted {
 		w := &m.wanted[i]
 		f := m.adopted(w.key)
@@ -233,7 +234,7 @@ func (m *mirror) claim(svc *forwarding.Service) {
 
 // fill makes the frontends that a service owns forward as it wants. prev is the service before, or nil.
 func (m *mirror) fill(prev, svc *forwarding.Service) {
-	m.wanted = m.wants(m.wanted[:0], svc, len(m.clusterCIDRs) > 0)
+	m.wanted = m.wants(m.wanted[:0], svc, m.plot.serviceIPs())
 	for i := range m.wanted {
 		w := &m.wanted[i]
 		if f := m.fronts[w.key]; f.owner == svc.Key {
@@ -293,10 +294,10 @@ func (m *mirror) release(s *memberSet, e member) {
 
 // forget takes away what prev had and svc (nil if the service is gone) has not. Another service that wants it gets it.
 func (m *mirror) forget(prev, svc *forwarding.Service, next forwarding.State) {
-	m.previous = m.wants(m.previous[:0], prev, len(m.clusterCIDRs) > 0)
+	m.previous = m.wants(m.previous[:0], prev, m.plot.serviceIPs())
 	m.wanted = m.wanted[:0]
 	if svc != nil {
-		m.wanted = m.wants(m.wanted, svc, len(m.clusterCIDRs) > 0)
+		m.wanted = m.wants(m.wanted, svc, m.plot.serviceIPs())
 	} else {
 		m.eachMember(prev, m.release)
 	}
@@ -325,7 +326,7 @@ func (m *mirror) inherit(f *frontend, key frontKey, next forwarding.State) bool 
 		if svc == nil {
 			continue
 		}
-		wants := m.wants(nil, svc, len(m.clusterCIDRs) > 0)
+		wants := m.wants(nil, svc, m.plot.serviceIPs())
 		if i := slices.IndexFunc(wants, func(w want) bool { return w.key == key }); i >= 0 {
 			f.owner = heir
 			m.place(f, &wants[i])
@@ -575,6 +576,10 @@ func (m *mirror) finish() {
 			classes = append(classes, class{d.class, ds.prefixes})
 		}
 	}
+	m.loopback = m.localhost && slices.ContainsFunc(classes, func(c class) bool { return slices.ContainsFunc(c.prefixes, m.loopbackPrefix) })
+	if m.loopback {
+		m.provideChain(m.loopbackGuard())
+	}
 	for _, c := range m.nodePortChains(classes) {
 		m.ensureChain(c)
 	}
@@ -626,8 +631,8 @@ func (m *mirror) collect() {
 }
 
 func (m *mirror) collectChains() {
-	used := map[string]bool{chainNodePorts: true, chainNodePorts + hereSuffix: true}
-	for _, c := range m.staticChains(m.clusterCIDRs) {
+	used := map[string]bool{chainNodePorts: true, chainNodePorts + hereSuffix: true, chainFilterInput: m.loopback}
+	for _, c := range m.staticChains(m.plot) {
 		used[c.name] = true
 	}
 	for b := range m.balancers {

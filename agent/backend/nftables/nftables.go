@@ -361,8 +361,9 @@ func (f *family) sample(batch *nfnl.Batch) {
 	var sets []*nfnl.Set
 	sets = append(sets, f.pinSet(pin{1, 1}.mapName()))
 	cl := class{1, []netip.Prefix{anywhere}}
-	chains := f.staticChains([]netip.Prefix{f.loopback})
-	sets = append(sets, f.staticSets()...)
+	everything := plot{sources: []netip.Prefix{f.loopback}, interfaces: []string{"eth0", "veth*"}, ranges: []netip.Prefix{f.loopback}, dropInvalid: true}
+	chains := append(f.staticChains(everything), f.loopbackGuard())
+	sets = append(sets, append(f.staticSets(), f.rangeSet())...)
 	chains = append(chains, f.nodePortChains([]class{cl})...)
 	for _, d := range []door{{}, {class: cl.id}, {class: cl.id, here: true}} {
 		if d.class != 0 {

@@ -66,7 +66,7 @@ func (r reader) read(f *family, ground forwarding.Ground, tx *transaction) (*mir
 
 // fits says whether what exists under our names could be made into ours.
 func (m *mirror) fits(chains map[string]*nfnl.Chain, sets map[string]*nfnl.Set) bool {
-	for _, c := range m.staticChains(m.clusterCIDRs) {
+	for _, c := range append(m.staticChains(m.plot), m.loopbackGuard()) {
 		have := chains[c.name]
 		if have != nil && ((have.Hook == nil) != (c.hook == nil) || (c.hook != nil && *have.Hook != *c.hook)) {
 			return false
@@ -87,6 +87,11 @@ func (m *mirror) describe(name string) *nfnl.Set {
 		return m.serviceIPs.set
 	case setHairpin:
 		return m.hairpin.set
+	case setRanges:
+		if len(m.plot.ranges) == 0 {
+			return nil
+		}
+		return m.ranges
 	}
 	if number, ok := strings.CutPrefix(name, mapPins+"."); ok {
 		i, err := strconv.ParseUint(number, 10, 8)
@@ -139,6 +144,11 @@ func (r reader) readElements(m *mirror, sets map[string]*nfnl.Set) error {
 	for _, ds := range m.doors {
 		d, _ := parseDoor(ds.set.Name)
 		if err := r.check(r.conn.Elements(ds.set, func(e nfnl.Element) { m.adoptVerdict(d, e) })); err != nil {
+			return err
+		}
+	}
+	if m.describe(setRanges) != nil && sets[setRanges] != nil {
+		if err := r.check(r.conn.Elements(m.ranges, m.adoptBound)); err != nil {
 			return err
 		}
 	}

@@ -45,10 +45,10 @@ func contentOf(f *family, front *frontend) frontendContent {
 }
 
 // kernelContent reads back what the kernel forwards, and checks what no reader needs but packets do.
-func kernelContent(t rapidTB, b *Backend) map[string]frontendContent {
+func kernelContent(t rapidTB, b *Backend, g forwarding.Ground) map[string]frontendContent {
 	content := map[string]frontendContent{}
 	for _, f := range families {
-		m, err := reader{conn: b.conn}.read(f, ground, &transaction{dry: true})
+		m, err := reader{conn: b.conn}.read(f, g, &transaction{dry: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -96,7 +96,7 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 	slices.SortFunc(all, func(a, b *forwarding.Service) int { return b.Key.Compare(a.Key) })
 	for _, svc := range all {
 		for _, f := range families {
-			for _, w := range f.wants(nil, svc, true) {
+			for _, w := range f.wants(nil, svc, f.plot(s.Ground()).serviceIPs()) {
 				c := frontendContent{action: refuse, sources: w.sources}
 				var list []string
 				for _, e := range w.target.Endpoints {
@@ -153,8 +153,36 @@ func drawTarget(t *rapid.T, local bool) forwarding.Target {
 	return target
 }
 
+// drawGround is any ground: what it says must only change rules of its own and who is masqueraded.
+func drawGround(t *rapid.T) forwarding.Ground {
+	some := func(name string, all ...string) (list []string) {
+		for _, s := range all {
+			if rapid.IntRange(0, 2).Draw(t, name+" "+s) == 0 {
+				list = append(list, s)
+			}
+		}
+		return list
+	}
+	prefixes := func(list []string) (out []netip.Prefix) {
+		for _, s := range list {
+			out = append(out, netip.MustParsePrefix(s))
+		}
+		slices.SortFunc(out, netip.Prefix.Compare)
+		return out
+	}
+	return forwarding.Ground{
+		Pods: forwarding.PodTraffic{
+			Sources:    prefixes(some("pods", "10.244.0.0/16", "10.245.0.0/24", "fd00:244::/32")),
+			Interfaces: some("pods", "*", "br-pods", "fifteen-letters", "veth*"),
+		},
+		MasqueradeAll: rapid.Bool().Draw(t, "masquerade all"), DropInvalid: rapid.Bool().Draw(t, "drop invalid"),
+		// Some lie within others, some touch, one reaches to the end of all addresses.
+		Ranges: prefixes(some("range", "10.96.0.0/12", "10.99.0.0/24", "10.99.1.0/24", "10.99.2.128/25", "128.0.0.0/1", "fd00:99::/112", "fd00:99::1:0/112", "8000::/1")),
+	}
+}
+
 func drawState(t *rapid.T) forwarding.State {
-	s := forwarding.State{}.On(ground)
+	s := forwarding.State{}.On(drawGround(t))
 	for i := range rapid.IntRange(0, 6).Draw(t, "services") {
 		svc := &forwarding.Service{Key: forwarding.ServiceKey{Namespace: "ns", Name: fmt.Sprint("s", i), Port: 80, Protocol: forwarding.TCP}}
 		svc.Key.Protocol = rapid.SampledFrom([]forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP}).Draw(t, "protocol")
@@ -182,7 +210,7 @@ func drawState(t *rapid.T) forwarding.State {
 		}
 		if rapid.Bool().Draw(t, "node port") {
 			svc.NodePort = uint16(30000 + rapid.IntRange(0, 2).Draw(t, "number"))
-			for _, p := range []string{"0.0.0.0/0", "192.0.2.1/32", "2001:db8:1::1/128"} {
+			for _, p := range []string{"0.0.0.0/0", "127.0.0.0/8", "192.0.2.1/32", "2001:db8:1::1/128", "::1/128"} {
 				if rapid.Bool().Draw(t, p) {
 					svc.NodePortAddresses = append(svc.NodePortAddresses, netip.MustParsePrefix(p))
 				}
@@ -218,7 +246,7 @@ func TestApply(t *testing.T) {
 				t.Fatalf("step %d: %v", step, err)
 			}
 			prev = &next
-			if got, want := kernelContent(t, backend), wantContent(next); !maps.Equal(got, want) {
+			if got, want := kernelContent(t, backend, next.Ground()), wantContent(next); !maps.Equal(got, want) {
 				t.Fatalf("step %d: the kernel holds\n%v\nwant\n%v", step, got, want)
 			}
 			if drifts, err := backend.Verify(context.Background(), next); err != nil || len(drifts) > 0 {
@@ -255,7 +283,11 @@ var someRanges = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/30"), netip.Mus
 
 // everything is a state in which each kind of rule occurs.
 func everything() forwarding.State {
-	s := forwarding.State{}.On(ground)
+	g := ground
+	g.Pods.Interfaces = []string{"*", "br-pods", "veth*"}
+	g.Ranges = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("10.112.0.0/24"), netip.MustParsePrefix("255.0.0.0/8"), netip.MustParsePrefix("fd00:99::/112")}
+	g.DropInvalid = true
+	s := forwarding.State{}.On(g)
 	for family := range families {
 		for i, proto := range []forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP} {
 			svc := web(family, proto)
@@ -268,7 +300,7 @@ func everything() forwarding.State {
 			case 1:
 				svc.LoadBalancerIPs, svc.SourceRanges = svc.ExternalIPs, someRanges
 				svc.Affinity = 3 * time.Hour
-				svc.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("fd00::/15")}
+				svc.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("fd00::/15")}
 			case 2:
 				svc.Internal = forwarding.Target{}
 			}
@@ -300,7 +332,7 @@ func TestListedByNft(t *testing.T) {
 	copied := netns.NewT(t)
 	nft(t, copied, list, "-f", "-")
 	c := newBackend(t, copied)
-	if got, want := kernelContent(t, c), wantContent(everything()); !maps.Equal(got, want) {
+	if got, want := kernelContent(t, c, everything().Ground()), wantContent(everything()); !maps.Equal(got, want) {
 		t.Errorf("loaded by nft:\n%v\nwant\n%v", got, want)
 	}
 }

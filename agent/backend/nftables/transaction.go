@@ -147,6 +147,18 @@ func (t *transaction) deleteElement(s *nfnl.Set, key []byte) {
 	t.now.DeleteElement(s, key)
 }
 
+// setRanges makes an interval set hold exactly these bounds. Packets see all or none of that.
+func (t *transaction) setRanges(s *nfnl.Set, bounds []bound) {
+	if t.dry {
+		t.note(s.Table, "set", s.Name, "differs: its ranges are others")
+		return
+	}
+	t.now.FlushSet(s)
+	for _, b := range bounds {
+		t.now.AddBound(s, b.addr.AsSlice(), b.end)
+	}
+}
+
 // setVerdict gives an element of a verdict map its verdict; replace says that it has another one now.
 func (t *transaction) setVerdict(s *nfnl.Set, key []byte, v nfnl.Verdict, replace bool) {
 	if t.dry {

@@ -38,13 +38,15 @@ type Set struct {
 	// Dynamic lets rules add elements that expire (see Rule.Remember), at most Size of them.
 	Dynamic bool
 	Size    uint32
+	// Interval makes it a set of ranges of keys: see AddBound.
+	Interval bool
 	// Userdata is nft's own annotation (see Typeof); it decides how a listing prints keys.
 	Userdata []byte
 }
 
 // SameShape says whether the kernel could hold the elements of both: everything but names and annotations is equal.
 func (s *Set) SameShape(o *Set) bool {
-	return s.KeyType == o.KeyType && s.KeyLen == o.KeyLen && s.Map == o.Map && s.Verdicts == o.Verdicts && s.Dynamic == o.Dynamic &&
+	return s.KeyType == o.KeyType && s.KeyLen == o.KeyLen && s.Map == o.Map && s.Verdicts == o.Verdicts && s.Dynamic == o.Dynamic && s.Interval == o.Interval &&
 		(s.Verdicts || (s.DataType == o.DataType && s.DataLen == o.DataLen))
 }
 
@@ -65,11 +67,15 @@ const (
 
 // Flags of a set that this package uses, and the data type that makes a map hold verdicts.
 const (
+	setFlagInterval = 0x4
 	setFlagMap      = 0x8
 	setFlagTimeout  = 0x10
 	setFlagEval     = 0x20
 	dataTypeVerdict = 0xffffff00
 )
+
+// elemFlagEnd marks an element that is the end of an interval (NFT_SET_ELEM_INTERVAL_END).
+const elemFlagEnd = 0x1
 
 // maxNest bounds a list of elements: the length of a netlink attribute is 16 bits.
 const maxNest = 60000
@@ -222,6 +228,9 @@ func (b *Batch) AddSet(s *Set) {
 	if s.Dynamic {
 		flags |= setFlagTimeout | setFlagEval
 	}
+	if s.Interval {
+		flags |= setFlagInterval
+	}
 	b.buf = appendU32(b.buf, unix.NFTA_SET_FLAGS, flags)
 	b.buf = appendU32(b.buf, unix.NFTA_SET_KEY_TYPE, s.KeyType)
 	b.buf = appendU32(b.buf, unix.NFTA_SET_KEY_LEN, s.KeyLen)
@@ -294,6 +303,27 @@ func (b *Batch) AddVerdict(s *Set, key []byte, v Verdict) {
 	b.buf = appendVerdict(b.buf, v)
 	b.closeNest(d)
 	b.closeNest(e)
+}
+
+// AddBound adds a bound of an interval to an interval set: its first key, or with end the first key behind it. An interval that reaches to the last key of all
+// has no end, and comes last. Both bounds of an interval come one after the other, and go only with FlushSet: newer kernels take bounds for what belongs
+// together by their order in a message.
+func (b *Batch) AddBound(s *Set, key []byte, end bool) {
+	b.elementList(unix.NFT_MSG_NEWSETELEM, createFlag, s)
+	e := b.nest(unix.NFTA_LIST_ELEM)
+	if end {
+		b.buf = appendU32(b.buf, unix.NFTA_SET_ELEM_FLAGS, elemFlagEnd)
+	}
+	b.value(unix.NFTA_SET_ELEM_KEY, key)
+	b.closeNest(e)
+}
+
+// FlushSet deletes all elements of a set.
+func (b *Batch) FlushSet(s *Set) {
+	m := b.begin(unix.NFT_MSG_DELSETELEM, 0, s.Family)
+	b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
+	b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+	b.end(m)
 }
 
 // DeleteElement deletes an element of a set or map.

@@ -237,6 +237,7 @@ func parseSet(f Family, body []byte) *Set {
 			s.Name = cString(v)
 		case unix.NFTA_SET_FLAGS:
 			s.Dynamic = u32(v)&setFlagEval != 0
+			s.Interval = u32(v)&setFlagInterval != 0
 		case unix.NFTA_SET_KEY_TYPE:
 			s.KeyType = u32(v)
 		case unix.NFTA_SET_KEY_LEN:
@@ -258,6 +259,8 @@ var seenSeed = maphash.MakeSeed()
 type Element struct {
 	Key, Data []byte
 	Verdict   Verdict
+	// End says that it is the end of an interval; see Batch.AddBound.
+	End bool
 }
 
 // Elements gives the elements of a set or map to each.
@@ -278,6 +281,9 @@ func (c *Conn) Elements(s *Set, each func(Element)) error {
 			for _, p := range attributes(list) {
 				e := parseElement(p)
 				h := maphash.Bytes(seenSeed, e.Key)
+				if e.End { // another interval may begin there
+					h = ^h
+				}
 				if _, again := seen[h]; again {
 					twice = true
 				}
@@ -303,6 +309,8 @@ func parseElement(p []byte) Element {
 			for _, value := range attributes(v) {
 				e.Key = value
 			}
+		case unix.NFTA_SET_ELEM_FLAGS:
+			e.End = u32(v)&elemFlagEnd != 0
 		case unix.NFTA_SET_ELEM_DATA:
 			for a, value := range attributes(v) {
 				if a == unix.NFTA_DATA_VERDICT {

@@ -73,10 +73,21 @@ func (r *Rule) SetMeta(key uint32, src Reg) *Rule {
 }
 
 // CtStatus loads the connection's status bits.
-func (r *Rule) CtStatus(dst Reg) *Rule {
+func (r *Rule) CtStatus(dst Reg) *Rule { return r.ct(dst, unix.NFT_CT_STATUS) }
+
+// CtState loads what the packet is to its connection: one of the bits StateInvalid …
+func (r *Rule) CtState(dst Reg) *Rule { return r.ct(dst, unix.NFT_CT_STATE) }
+
+// Bits of CtState.
+const (
+	StateInvalid uint32 = 1 << 0
+	StateNew     uint32 = 1 << 3
+)
+
+func (r *Rule) ct(dst Reg, key uint32) *Rule {
 	return r.expr("ct", func(b []byte) []byte {
 		b = appendU32(b, unix.NFTA_CT_DREG, uint32(dst))
-		return appendU32(b, unix.NFTA_CT_KEY, unix.NFT_CT_STATUS)
+		return appendU32(b, unix.NFTA_CT_KEY, key)
 	})
 }
 
