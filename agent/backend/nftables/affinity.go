@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 

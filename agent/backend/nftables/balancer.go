@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 )
 
 // tries is how often a chain draws a slot before it takes slot 0. At least 3/8 of the slots are filled, so all tries miss in at

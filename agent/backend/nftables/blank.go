@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 )
 
 // Blank says whether the network namespace that the calling thread is in has none of our tables, as after a boot. It changes nothing.

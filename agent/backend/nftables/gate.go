@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 )
 
 // sources identifies a set of source ranges of one family by what is in it. The zero value is everybody. It is a cryptographic hash, because

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 

@@ -4,7 +4,7 @@ import (
 	"slices"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
-	"github.com/serviceproxy/serviceproxy-operator/agent/backend/nftables/internal/nfnl"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 )
 
 // transaction collects what is to change. Made by Verify, it only notes that as drift.
