@@ -18,11 +18,13 @@ type Ground struct {
 	// DropInvalid drops packets that connection tracking takes for part of no connection: left to themselves, such packets of a translated connection
 	// would reach the client untranslated and end the connection (kubernetes#74839).
 	DropInvalid bool
+	// CountTraffic counts what goes to and comes from each service, in backends that can.
+	CountTraffic bool
 }
 
 // Equal says whether two are the same.
 func (g Ground) Equal(o Ground) bool {
-	return g.MasqueradeAll == o.MasqueradeAll && g.DropInvalid == o.DropInvalid && slices.Equal(g.Ranges, o.Ranges) && g.Pods.Equal(o.Pods)
+	return g.MasqueradeAll == o.MasqueradeAll && g.DropInvalid == o.DropInvalid && g.CountTraffic == o.CountTraffic && slices.Equal(g.Ranges, o.Ranges) && g.Pods.Equal(o.Pods)
 }
 
 // PodTraffic tells the traffic of the cluster's pods from other traffic: a packet that one of its fields matches comes from a pod. The zero value knows no

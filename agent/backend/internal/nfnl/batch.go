@@ -40,13 +40,15 @@ type Set struct {
 	Size    uint32
 	// Interval makes it a set of ranges of keys: see AddBound.
 	Interval bool
+	// Counted makes each element count the packets that rules find it for.
+	Counted bool
 	// Userdata is nft's own annotation (see Typeof); it decides how a listing prints keys.
 	Userdata []byte
 }
 
 // SameShape says whether the kernel could hold the elements of both: everything but names and annotations is equal.
 func (s *Set) SameShape(o *Set) bool {
-	return s.KeyType == o.KeyType && s.KeyLen == o.KeyLen && s.Map == o.Map && s.Verdicts == o.Verdicts && s.Dynamic == o.Dynamic && s.Interval == o.Interval &&
+	return s.KeyType == o.KeyType && s.KeyLen == o.KeyLen && s.Map == o.Map && s.Verdicts == o.Verdicts && s.Dynamic == o.Dynamic && s.Interval == o.Interval && s.Counted == o.Counted &&
 		(s.Verdicts || (s.DataType == o.DataType && s.DataLen == o.DataLen))
 }
 
@@ -245,6 +247,9 @@ func (b *Batch) AddSet(s *Set) {
 		n := b.nest(unix.NFTA_SET_DESC)
 		b.buf = appendU32(b.buf, unix.NFTA_SET_DESC_SIZE, s.Size)
 		b.closeNest(n)
+	}
+	if s.Counted {
+		b.buf = appendCounted(b.buf)
 	}
 	b.setID++ // the kernel wants one, though everything here refers to sets by name
 	b.buf = appendU32(b.buf, unix.NFTA_SET_ID, b.setID)

@@ -238,6 +238,8 @@ func parseSet(f Family, body []byte) *Set {
 		case unix.NFTA_SET_FLAGS:
 			s.Dynamic = u32(v)&setFlagEval != 0
 			s.Interval = u32(v)&setFlagInterval != 0
+		case setExpr:
+			s.Counted = true
 		case unix.NFTA_SET_KEY_TYPE:
 			s.KeyType = u32(v)
 		case unix.NFTA_SET_KEY_LEN:
@@ -261,6 +263,8 @@ type Element struct {
 	Verdict   Verdict
 	// End says that it is the end of an interval; see Batch.AddBound.
 	End bool
+	// Packets and Bytes are what it counted; see Set.Counted.
+	Packets, Bytes uint64
 }
 
 // Elements gives the elements of a set or map to each.
@@ -311,6 +315,8 @@ func parseElement(p []byte) Element {
 			}
 		case unix.NFTA_SET_ELEM_FLAGS:
 			e.End = u32(v)&elemFlagEnd != 0
+		case unix.NFTA_SET_ELEM_EXPR:
+			e.Packets, e.Bytes = parseCounter(v)
 		case unix.NFTA_SET_ELEM_DATA:
 			for a, value := range attributes(v) {
 				if a == unix.NFTA_DATA_VERDICT {
