@@ -37,6 +37,12 @@ func New(targets ...string) (*Relay, error) {
 	if err != nil {
 		return nil, err
 	}
+	return On(listener, targets...), nil
+}
+
+// On carries what a listener accepts, which may be in another network namespace than the targets: they are dialled from this process's own. Close closes the
+// listener.
+func On(listener net.Listener, targets ...string) *Relay {
 	r := &Relay{listener: listener}
 	for _, address := range targets {
 		open := make(chan struct{})
@@ -45,7 +51,7 @@ func New(targets ...string) (*Relay, error) {
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	r.wg.Go(r.accept)
-	return r, nil
+	return r
 }
 
 // Address is HOST:PORT, where clients connect to.

@@ -1,0 +1,230 @@
+package parity
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/backendtest"
+)
+
+// cluster is an API server that holds the world of one kube-proxy.
+type cluster struct {
+	env    *envtest.Environment
+	client client.Client
+	// held is what it holds of worlds, by kind and name, as it was wanted.
+	held   map[string]client.Object
+	marker marker
+}
+
+// serviceRanges hold all service IPs of the lab. The first address of the first is the kubernetes Service's.
+const serviceRanges = "10.96.0.0/12,fd00:99::/108"
+
+// startCluster starts an API server, and writes a kubeconfig with which it is reached at an address where a relay listens.
+func startCluster(kubeconfig, relayAddress string) (_ *cluster, err error) {
+	c := &cluster{held: map[string]client.Object{}, env: &envtest.Environment{ControlPlaneStartTimeout: 2 * time.Minute, ControlPlaneStopTimeout: time.Minute}}
+	c.env.ControlPlane.GetAPIServer().Configure().Set("service-cluster-ip-range", serviceRanges)
+	config, err := c.env.Start()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start API server: %w", err), c.env.Stop())
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.env.Stop())
+		}
+	}()
+	config.QPS = -1
+	if c.client, err = client.New(config, client.Options{Scheme: clientgoscheme.Scheme}); err != nil {
+		return nil, err
+	}
+	user, err := c.env.AddUser(envtest.User{Name: "kube-proxy", Groups: []string{"system:masters"}}, nil)
+	if err != nil {
+		return nil, err
+	}
+	u := user.Config()
+	out := clientcmdapi.NewConfig()
+	out.Clusters["lab"] = &clientcmdapi.Cluster{Server: "https://" + relayAddress, CertificateAuthorityData: u.CAData, TLSServerName: "localhost"}
+	out.AuthInfos["lab"] = &clientcmdapi.AuthInfo{ClientCertificateData: u.CertData, ClientKeyData: u.KeyData}
+	out.Contexts["lab"] = &clientcmdapi.Context{Cluster: "lab", AuthInfo: "lab"}
+	out.CurrentContext = "lab"
+	return c, clientcmd.WriteToFile(*out, kubeconfig)
+}
+
+func (c *cluster) address() string {
+	return c.env.ControlPlane.GetAPIServer().SecureServing.HostPort()
+}
+
+func (c *cluster) stop() error { return c.env.Stop() }
+
+// apply makes the API server hold a world and nothing else, but for the marker. It says whether something changed that kube-proxy should be started again for.
+func (c *cluster) apply(w backendtest.World) (restart bool, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), programmed)
+	defer cancel()
+	wanted := map[string]client.Object{}
+	var order []string
+	want := func(list ...client.Object) {
+		for _, o := range list {
+			key := fmt.Sprintf("%T %s", o, o.GetName())
+			wanted[key] = o
+			order = append(order, key)
+		}
+	}
+	want(nodeOf(w))
+	for _, r := range serviceCIDRs(w) {
+		want(r)
+	}
+	for _, s := range w.Services {
+		svc, err := serviceOf(s)
+		if err != nil {
+			return false, err
+		}
+		want(svc)
+		for _, slice := range slicesOf(s) {
+			want(slice)
+		}
+	}
+	// First what goes: its addresses and ports may be somebody else's next.
+	for key, old := range c.held {
+		if wanted[key] == nil {
+			restart = restart || atStart(old)
+			if err := c.client.Delete(ctx, old); err != nil {
+				return false, err
+			}
+			delete(c.held, key)
+		}
+	}
+	for _, key := range order {
+		o, old := wanted[key], c.held[key]
+		if old != nil && equality.Semantic.DeepEqual(old, o) {
+			continue
+		}
+		restart = restart || atStart(o)
+		if err := c.put(ctx, o, old); err != nil {
+			return false, fmt.Errorf("%s: %w", key, err)
+		}
+		c.held[key] = o
+	}
+	return restart, nil
+}
+
+// atStart says whether kube-proxy is started again when an object changes: it would take the change in, and nothing in its rules would tell when it has.
+func atStart(o client.Object) bool {
+	switch o.(type) {
+	case *corev1.Node, *networkingv1.ServiceCIDR:
+		return true
+	}
+	return false
+}
+
+// put creates an object, or makes the one that is there the same, with its status.
+func (c *cluster) put(ctx context.Context, wanted, old client.Object) error {
+	o := wanted.DeepCopyObject().(client.Object)
+	if old != nil {
+		live := wanted.DeepCopyObject().(client.Object)
+		if err := c.client.Get(ctx, client.ObjectKeyFromObject(wanted), live); err != nil {
+			return err
+		}
+		o.SetResourceVersion(live.GetResourceVersion())
+		err := c.client.Update(ctx, o)
+		if apierrors.IsInvalid(err) && isService(o) { // its addresses cannot change
+			if err := c.client.Delete(ctx, live); err != nil {
+				return err
+			}
+			o, old = wanted.DeepCopyObject().(client.Object), nil
+		} else if err != nil {
+			return err
+		}
+	}
+	if old == nil {
+		if err := c.client.Create(ctx, o); err != nil {
+			return err
+		}
+	}
+	switch in := wanted.(type) {
+	case *corev1.Node:
+		o.(*corev1.Node).Status = *in.Status.DeepCopy()
+	case *corev1.Service:
+		if old == nil && len(in.Status.LoadBalancer.Ingress) == 0 {
+			return nil
+		}
+		o.(*corev1.Service).Status = *in.Status.DeepCopy()
+	default:
+		return nil
+	}
+	return c.client.Status().Update(ctx, o)
+}
+
+func isService(o client.Object) bool {
+	_, ok := o.(*corev1.Service)
+	return ok
+}
+
+// marker is a Service with one endpoint, by which the rules tell what they hold: each time it has another port.
+type marker struct {
+	service, endpoint [2]netip.Addr
+	port              uint16
+}
+
+var firstMarker = marker{
+	service:  [2]netip.Addr{netip.MustParseAddr("10.111.255.254"), netip.MustParseAddr("fd00:99::f:fffe")},
+	endpoint: [2]netip.Addr{netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("2001:2::1")},
+	port:     1024,
+}
+
+// mark changes the marker. kube-proxy learns of Services and EndpointSlices by streams of their own, because of which both change.
+func (c *cluster) mark(ctx context.Context) error {
+	first := c.marker.port == 0
+	if first {
+		c.marker = firstMarker
+	}
+	if c.marker.port++; c.marker.port > 60000 {
+		c.marker.port = firstMarker.port
+	}
+	m := c.marker
+	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceDefault, Name: "marker"}}
+	svc.Spec.ClusterIPs = []string{m.service[0].String(), m.service[1].String()}
+	svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
+	svc.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}
+	svc.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyRequireDualStack)
+	svc.Spec.Ports = []corev1.ServicePort{{Protocol: corev1.ProtocolTCP, Port: int32(m.port)}}
+	objects := []client.Object{svc}
+	for family, kind := range []discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6} {
+		objects = append(objects, &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Namespace: svc.Namespace, Name: "marker-" + strings.ToLower(string(kind)), Labels: map[string]string{discoveryv1.LabelServiceName: svc.Name}},
+			AddressType: kind, Endpoints: []discoveryv1.Endpoint{{Addresses: []string{m.endpoint[family].String()}}},
+			Ports: []discoveryv1.EndpointPort{{Name: new(""), Protocol: new(corev1.ProtocolTCP), Port: new(int32(m.port))}},
+		})
+	}
+	for _, o := range objects {
+		if first {
+			if err := c.client.Create(ctx, o); err != nil {
+				return fmt.Errorf("marker: %w", err)
+			}
+			continue
+		}
+		live := o.DeepCopyObject().(client.Object)
+		if err := c.client.Get(ctx, client.ObjectKeyFromObject(o), live); err != nil {
+			return fmt.Errorf("marker: %w", err)
+		}
+		o.SetResourceVersion(live.GetResourceVersion())
+		if err := c.client.Update(ctx, o); err != nil {
+			return fmt.Errorf("marker: %w", err)
+		}
+	}
+	return nil
+}
