@@ -9,12 +9,12 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strings"
+	"sync"
 	"syscall"
+	"time"
 
 	"github.com/go-logr/logr"
 	"k8s.io/client-go/rest"
@@ -23,7 +23,8 @@ import (
 
 	"github.com/serviceproxy/serviceproxy-operator/agent"
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
-	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	config "github.com/serviceproxy/serviceproxy-operator/api/config/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/cmd/internal/configuration"
 )
 
 // version is set by the linker (-X main.version=...).
@@ -46,139 +47,123 @@ func main() {
 	}
 }
 
-// options are the flags.
-type options struct {
-	nodeName, kubeconfig, clusterCIDR    string
-	healthAddress, metricsAddress, level string
-	cleanup, version                     bool
-}
-
-func parse(args []string, stderr io.Writer) (options, error) {
-	var o options
-	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.StringVar(&o.nodeName, "node-name", os.Getenv("NODE_NAME"), "name of the Node that the agent runs on (default: environment NODE_NAME)")
-	flags.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig file (default: environment KUBECONFIG, else the Pod's service account)")
-	flags.StringVar(&o.clusterCIDR, "cluster-cidr", "", "ranges of the cluster's pods, separated by commas, of either or both families; traffic to service IPs from anywhere else is masqueraded")
-	flags.StringVar(&o.healthAddress, "health-bind-address", ":10256", "where /healthz, /livez and /readyz are served; empty for nowhere")
-	flags.StringVar(&o.metricsAddress, "metrics-bind-address", "127.0.0.1:10249", "where /metrics is served; empty for nowhere")
-	flags.StringVar(&o.level, "log-level", "info", "info or debug")
-	flags.BoolVar(&o.cleanup, "cleanup", false, "remove everything that the agent put into this node's kernel and exit; open connections through services end")
-	flags.BoolVar(&o.version, "version", false, "print the version and exit")
-	if err := flags.Parse(args); err != nil {
-		return o, err
-	}
-	if flags.NArg() > 0 {
-		return o, fmt.Errorf("unexpected argument %q: the agent takes flags only", flags.Arg(0))
-	}
-	return o, nil
-}
+// reloadPeriod is how often the configuration file is looked at.
+const reloadPeriod = 2 * time.Second
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	o, err := parse(args, stderr)
+	var cleanup bool
+	p := program(&cleanup)
+	common, err := p.Parse(args, stderr)
 	if err != nil {
 		return err
 	}
-	if o.version {
+	if common.Version {
 		_, err := fmt.Fprintln(stdout, versionOf())
 		return err
 	}
-	clusterCIDRs, err := parseCIDRs(o.clusterCIDR)
-	if err != nil {
-		return fmt.Errorf("--cluster-cidr %w", err)
-	}
-	log, err := newLogger(o.level, stderr)
+	live, err := configuration.Start(p, common.File, args)
 	if err != nil {
 		return err
 	}
+	c := live.Configuration()
+	if common.Print {
+		return configuration.Print(stdout, c)
+	}
+	var level slog.LevelVar
+	level.Set(levels[c.Logging.Level])
+	log := newLogger(c.Logging.Format, &level, stderr)
 	klog.SetLogger(log.WithName("client-go"))
 
-	modes := agent.Modes()
-	if o.cleanup {
+	if cleanup {
 		log.Info("Removing everything that the agent put into this node's kernel; open connections through services end")
-		return agent.Cleanup(ctx, log, modes)
+		return agent.Cleanup(ctx, log, agent.Modes())
 	}
-	if o.nodeName == "" {
-		return errors.New("--node-name \"\": must be the name of the Node that the agent runs on; the environment variable NODE_NAME does as well")
+	if c.HostnameOverride == "" {
+		return errors.New("--node-name \"\": must be the name of the Node that the agent runs on; hostnameOverride in the configuration or the environment variable NODE_NAME do as well")
 	}
-	api, err := apiConfig(o.kubeconfig)
+	warn(log, c)
+	changes := make(chan agent.Settings)
+	ac, err := agentConfig(c, log)
 	if err != nil {
 		return err
+	}
+	ac.Changes, ac.Endpoints, ac.Collectors = changes, live.Handlers(profiling), live.Collectors("serviceproxy_agent_")
+	return follow(ctx, live, log, func(ctx context.Context, c *config.AgentConfiguration) {
+		warn(log, c)
+		level.Set(levels[c.Logging.Level])
+		select {
+		case changes <- settingsOf(c):
+		case <-ctx.Done():
+		}
+	}, ac)
+}
+
+// follow runs the agent, and meanwhile follows the configuration file.
+func follow(ctx context.Context, live *configuration.Live[*config.AgentConfiguration], log logr.Logger, apply func(context.Context, *config.AgentConfiguration), ac agent.Config) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var following sync.WaitGroup
+	following.Go(func() {
+		live.Follow(ctx, log.WithName("configuration"), reloadPeriod, func(c *config.AgentConfiguration) { apply(ctx, c) })
+	})
+	err := agent.Run(ctx, ac)
+	cancel()
+	following.Wait()
+	return err
+}
+
+func profiling(c *config.AgentConfiguration) bool { return c.EnableProfiling }
+
+// agentConfig opens what the agent needs of its surroundings.
+func agentConfig(c *config.AgentConfiguration, log logr.Logger) (agent.Config, error) {
+	api, err := apiConfig(c.ClientConnection.Kubeconfig)
+	if err != nil {
+		return agent.Config{}, err
 	}
 	flows, err := conntrack.Open()
 	if err != nil {
 		log.Error(err, "No access to connection tracking: UDP flows to endpoints that are gone end only when their clients rest")
 		flows = nil
 	}
-	health, err := listen("--health-bind-address", o.healthAddress)
+	health, err := listen("healthzBindAddress (--health-bind-address)", c.HealthzBindAddress)
 	if err != nil {
-		return err
+		return agent.Config{}, err
 	}
-	metrics, err := listen("--metrics-bind-address", o.metricsAddress)
+	metrics, err := listen("metricsBindAddress (--metrics-bind-address)", c.MetricsBindAddress)
 	if err != nil {
-		return err
+		return agent.Config{}, err
 	}
-	return agent.Run(ctx, agent.Config{
-		NodeName: o.nodeName, Settings: agent.Settings{Pods: forwarding.PodTraffic{Sources: clusterCIDRs}}, Version: versionOf(), API: api, Modes: modes, Conntrack: flows, Health: health, Metrics: metrics, Log: log,
-	})
-}
-
-// parseCIDRs reads ranges separated by commas.
-func parseCIDRs(list string) ([]netip.Prefix, error) {
-	const valid = "must be CIDRs such as 10.244.0.0/16, separated by commas"
-	if list == "" {
-		return nil, nil
-	}
-	var out []netip.Prefix
-	for s := range strings.SplitSeq(list, ",") {
-		p, err := netip.ParsePrefix(strings.TrimSpace(s))
-		if err != nil {
-			return nil, fmt.Errorf("%q: %q is no CIDR: %s", list, s, valid)
-		}
-		if p != p.Masked() {
-			return nil, fmt.Errorf("%q: %s has bits set after its length, did you mean %s? %s", list, p, p.Masked(), valid)
-		}
-		out = append(out, p)
-	}
-	return out, nil
-}
-
-func newLogger(level string, to io.Writer) (logr.Logger, error) {
-	levels := map[string]slog.Level{"info": slog.LevelInfo, "debug": slog.LevelDebug}
-	min, ok := levels[level]
-	if !ok {
-		return logr.Logger{}, fmt.Errorf("--log-level %q: must be info or debug", level)
-	}
-	return logr.FromSlogHandler(slog.NewTextHandler(to, &slog.HandlerOptions{Level: min})), nil
+	return agent.Config{
+		NodeName: c.HostnameOverride, Version: versionOf(), API: api, Settings: settingsOf(c), Modes: agent.Modes(),
+		Conntrack: flows, Health: health, Metrics: metrics, Log: log,
+	}, nil
 }
 
 func apiConfig(kubeconfig string) (*rest.Config, error) {
-	flagged := kubeconfig != ""
-	if !flagged {
+	if kubeconfig == "" {
 		kubeconfig = os.Getenv("KUBECONFIG")
 	}
 	if kubeconfig == "" {
 		config, err := rest.InClusterConfig()
 		if err != nil {
-			return nil, fmt.Errorf("no --kubeconfig is given and this is no Pod with a service account: %w", err)
+			return nil, fmt.Errorf("no clientConnection.kubeconfig (--kubeconfig) is given and this is no Pod with a service account: %w", err)
 		}
 		return config, nil
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
-		return nil, fmt.Errorf("--kubeconfig %q: %w", kubeconfig, err)
+		return nil, fmt.Errorf("clientConnection.kubeconfig (--kubeconfig) %q: %w", kubeconfig, err)
 	}
 	return config, nil
 }
 
-// listen gives nil for an empty address.
+// listen gives nil for nowhere.
 func listen(name, address string) (net.Listener, error) {
-	if address == "" {
+	if address == config.Nowhere {
 		return nil, nil
 	}
 	ln, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("%s %q: %w; must be a free HOST:PORT or :PORT of this node, or empty for nowhere", name, address, err)
+		return nil, fmt.Errorf("%s %q: %w; must be a free HOST:PORT or :PORT of this node, or 0 for nowhere", name, address, err)
 	}
 	return ln, nil
 }
