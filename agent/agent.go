@@ -25,6 +25,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/agent/healthport"
+	"github.com/serviceproxy/serviceproxy-operator/agent/localhost"
 	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 )
 
@@ -69,9 +70,13 @@ func Run(ctx context.Context, c Config) error {
 
 	s := newStore(c.Settings)
 	flows := conntrack.New(c.Log.WithName("conntrack"))
-	changed := func(prev, next *forwarding.Service) {}
-	if c.Conntrack != nil {
-		changed = flows.Changed
+	local := localhost.New(c.Log.WithName("localhost"), localhost.Host{Sysctl: sysctl.Kernel})
+	defer local.Close()
+	changed := func(prev, next *forwarding.Service) {
+		if c.Conntrack != nil {
+			flows.Changed(prev, next)
+		}
+		local.Changed(prev, next)
 	}
 	m := newMetrics(s, flows.Ended)
 	h := newHealth(s, m)
