@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
@@ -16,13 +18,15 @@ import (
 type fakeBackend struct {
 	mu     sync.Mutex
 	kernel map[forwarding.ServiceKey]*forwarding.Service
+	ground forwarding.Ground // of what was applied last
 	// fail is how many of the next Apply fail, each after half of its changes.
 	fail         int
 	applies      int
 	full         int // how many of them were told nothing about the kernel
 	closed       bool
 	drift        chan struct{}
-	beforeReturn func() // runs at the end of every Apply, without the lock
+	beforeReturn func()        // runs at the end of every Apply, without the lock
+	hang         chan struct{} // if not nil, Apply begins with waiting for it to be closed
 }
 
 var errKernel = errors.New("the kernel says no")
@@ -34,6 +38,9 @@ func newFake() *fakeBackend {
 func (f *fakeBackend) Apply(_ context.Context, prev *forwarding.State, next forwarding.State) error {
 	if f.beforeReturn != nil {
 		defer f.beforeReturn()
+	}
+	if f.hang != nil {
+		<-f.hang
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -51,6 +58,7 @@ func (f *fakeBackend) Apply(_ context.Context, prev *forwarding.State, next forw
 	for c := range forwarding.Changes(from, next) {
 		changes = append(changes, c)
 	}
+	f.ground = next.Ground()
 	failing := f.fail > 0
 	if failing {
 		f.fail--
@@ -117,6 +125,25 @@ func (f *fakeBackend) get(name string) *forwarding.Service {
 	return f.kernel[forwarding.ServiceKey{Namespace: "shop", Name: name, Port: 80, Protocol: forwarding.TCP}]
 }
 
+// names lists what the kernel holds, sorted.
+func (f *fakeBackend) names() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []string
+	for k := range f.kernel {
+		out = append(out, k.Namespace+"/"+k.Name)
+	}
+	slices.Sort(out)
+	return strings.Join(out, " ")
+}
+
+// standsOn gives the ground of what was applied last.
+func (f *fakeBackend) standsOn() forwarding.Ground {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ground
+}
+
 func (f *fakeBackend) len() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -142,6 +169,7 @@ type fakeMode struct {
 
 	mu       sync.Mutex
 	missing  error // what the probe says
+	unsure   error // why it cannot be told whether the kernel is blank
 	made     int
 	cleanups int
 }
@@ -158,6 +186,7 @@ func (m *fakeMode) mode() Mode {
 			defer m.mu.Unlock()
 			return m.missing
 		},
+		Blank: func(context.Context) (bool, error) { return m.unsure == nil && m.len() == 0, m.unsure },
 		New: func() (backend.Backend, error) {
 			m.mu.Lock()
 			defer m.mu.Unlock()

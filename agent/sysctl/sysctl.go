@@ -5,7 +5,6 @@ package sysctl
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -77,6 +76,3 @@ func (k Proc) write(p Parameter) error {
 }
 
 func (k Proc) path(name string) string { return filepath.Join(string(k), filepath.FromSlash(name)) }
-
-// missing says whether an error is that the kernel does not have the parameter.
-func missing(err error) bool { return errors.Is(err, fs.ErrNotExist) }
