@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
@@ -45,9 +46,13 @@ type Config struct {
 	Modes []Mode
 	// Conntrack is the node's connection tracking, where UDP flows to endpoints that are gone are ended. nil: they are left to themselves.
 	Conntrack *conntrack.Table
-	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics. nil: not served. Run closes them.
+	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics, /proxyMode and Endpoints. nil: not served. Run closes them.
 	Health, Metrics net.Listener
-	Log             logr.Logger
+	// Endpoints are served beside metrics, by path.
+	Endpoints map[string]http.Handler
+	// Collectors are shown among the agent's metrics.
+	Collectors []prometheus.Collector
+	Log        logr.Logger
 }
 
 // Run works until ctx ends, which is no error; what the kernel holds then stays. It fails only if it cannot start or a server of its own fails.
@@ -79,15 +84,21 @@ func Run(ctx context.Context, c Config) error {
 		local.Changed(prev, next)
 	}
 	m := newMetrics(s, flows.Ended)
+	m.registry.MustRegister(c.Collectors...)
 	h := newHealth(s, m)
 	r := newReporter(c.Log.WithName("report"), c.Version, clients.writer(c.NodeName))
 	// As with kube-proxy, that the node is about to go is left out: its pods end one by one, and load balancers learn of that by the same port.
 	checks := healthport.New(c.Log.WithName("healthport"), func() bool { _, ok := h.live(); return ok })
 	defer checks.Close()
-	l := newLoop(c.Log, s, c.Modes, m, h, listeners{changed: changed, checked: checks.Set, report: r.publish})
+	modes := &proxyModes{}
+	report := func(now Report) {
+		r.publish(now)
+		modes.publish(now)
+	}
+	l := newLoop(c.Log, s, c.Modes, m, h, listeners{changed: changed, checked: checks.Set, report: report})
 
 	serve(ctx, &running, fail, "health", c.Health, h.handler())
-	serve(ctx, &running, fail, "metrics", c.Metrics, m.handler())
+	serve(ctx, &running, fail, "metrics", c.Metrics, serving(m.handlers(), map[string]http.Handler{"/proxyMode": modes}, c.Endpoints))
 	for _, source := range clients.sources(c.Log, c.NodeName, s, r) {
 		reflector := source.reflector(c.Log)
 		// It is not waited for, because a reflector that is between two attempts to connect sits its delay of many seconds out. It only

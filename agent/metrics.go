@@ -122,8 +122,7 @@ func (m *metrics) dataplane(d *dataplane) {
 	m.counted[d] = counted{repairs: d.repairs, failures: d.failed}
 }
 
-func (m *metrics) handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
-	return mux
+// handlers gives what is served of the metrics, by path.
+func (m *metrics) handlers() map[string]http.Handler {
+	return map[string]http.Handler{"/metrics": promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})}
 }
