@@ -71,13 +71,13 @@ func BenchmarkPass(b *testing.B) {
 		name string
 		end  func() (uint, error)
 	}{
-		{"frontends=1", func() (uint, error) { return table.end(unix.AF_INET, one) }},
-		{"frontends=4", func() (uint, error) { return table.end(unix.AF_INET, four) }},
-		{"frontends=40", func() (uint, error) { return table.end(unix.AF_INET, forty) }},
+		{"frontends=1", func() (uint, error) { return table.end(unix.AF_INET, one, spareNone) }},
+		{"frontends=4", func() (uint, error) { return table.end(unix.AF_INET, four, spareNone) }},
+		{"frontends=40", func() (uint, error) { return table.end(unix.AF_INET, forty, spareNone) }},
 		{"unfiltered", func() (uint, error) {
 			table.unfiltered = true
 			defer func() { table.unfiltered = false }()
-			return table.end(unix.AF_INET, forty)
+			return table.end(unix.AF_INET, forty, spareNone)
 		}},
 		{"library-delete-filters", func() (uint, error) {
 			return library.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, libraryFilter(one))
@@ -120,3 +120,5 @@ func (l libraryFilter) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 	return f.Forward.Protocol == uint8(forwarding.UDP) && stale(l).leadsNowhere(flow{
 		netip.AddrPortFrom(sentTo.Unmap(), f.Forward.DstPort), netip.AddrPortFrom(answers.Unmap(), f.Reverse.SrcPort)})
 }
+
+func spareNone(flow) bool { return false }

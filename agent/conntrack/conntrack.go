@@ -53,6 +53,8 @@ type Cleaner struct {
 
 	mu    sync.Mutex
 	stale stale
+	// newer is what changed since the pass under way began; nil if there is none.
+	newer stale
 	ended uint64
 }
 
@@ -64,12 +66,20 @@ func New(log logr.Logger) *Cleaner {
 // Changed takes note that the kernel holds next in the place of prev; either may be nil. prev being nil means a Service that was
 // not forwarded before as far as is known, which after a restart of the agent says nothing about the flows. It costs next to nothing.
 func (c *Cleaner) Changed(prev, next *forwarding.Service) {
-	if !mayLeaveFlows(prev, next) {
+	c.mu.Lock()
+	leaves := mayLeaveFlows(prev, next)
+	if leaves {
+		c.stale.change(prev, next)
+	} else {
+		c.stale.update(next) // a pass that is due must not end flows to an endpoint that has come since
+	}
+	if c.newer != nil {
+		c.newer.change(nil, next)
+	}
+	c.mu.Unlock()
+	if !leaves {
 		return
 	}
-	c.mu.Lock()
-	c.stale.change(prev, next)
-	c.mu.Unlock()
 	select {
 	case c.wake <- struct{}{}:
 	default:
@@ -86,8 +96,11 @@ func (c *Cleaner) Ended() uint64 {
 // Run works on a table until ctx ends.
 func (c *Cleaner) Run(ctx context.Context, table *Table) { c.run(ctx, table.end) }
 
-// run is Run with the way to end flows of one address family.
-func (c *Cleaner) run(ctx context.Context, end func(family uint8, s stale) (uint, error)) {
+// endFunc ends the flows of one address family that lead nowhere, but for those that spare then says go to where they may.
+type endFunc func(family uint8, s stale, spare func(flow) bool) (uint, error)
+
+// run is Run with the way to end flows.
+func (c *Cleaner) run(ctx context.Context, end endFunc) {
 	failures := 0
 	var earliest time.Time
 	for {
@@ -123,12 +136,19 @@ func (c *Cleaner) run(ctx context.Context, end func(family uint8, s stale) (uint
 	}
 }
 
+// spare says whether a flow leads to where it may by what changed since the pass began.
+func (c *Cleaner) spare(f flow) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.newer.allows(f)
+}
+
 // pass ends what is stale now. What it could not look at stays stale.
-func (c *Cleaner) pass(end func(family uint8, s stale) (uint, error)) Pass {
+func (c *Cleaner) pass(end endFunc) Pass {
 	start := time.Now()
 	c.mu.Lock()
 	s := c.stale
-	c.stale = stale{}
+	c.stale, c.newer = stale{}, stale{}
 	c.mu.Unlock()
 	var p Pass
 	for _, family := range [2]uint8{unix.AF_INET, unix.AF_INET6} {
@@ -136,7 +156,7 @@ func (c *Cleaner) pass(end func(family uint8, s stale) (uint, error)) Pass {
 		if len(mine) == 0 {
 			continue
 		}
-		n, err := end(family, mine)
+		n, err := end(family, mine, c.spare)
 		p.Ended += n
 		if err != nil {
 			p.Err = errors.Join(p.Err, err)
@@ -147,6 +167,7 @@ func (c *Cleaner) pass(end func(family uint8, s stale) (uint, error)) Pass {
 	}
 	c.mu.Lock()
 	c.ended += uint64(p.Ended)
+	c.newer = nil
 	c.mu.Unlock()
 	p.Took = time.Since(start)
 	return p

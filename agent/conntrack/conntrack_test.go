@@ -37,6 +37,11 @@ func lingers(e string) func(*forwarding.Service) {
 	return func(s *forwarding.Service) { s.Lingering = []netip.AddrPort{netip.MustParseAddrPort(e)} }
 }
 
+// at serves the node port at other addresses.
+func at(prefix string) func(*forwarding.Service) {
+	return func(s *forwarding.Service) { s.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix(prefix)} }
+}
+
 // parseFlow reads "PROTOCOL SENT-TO ANSWERS": a client's flow to one address and port that another answers.
 func parseFlow(s string) (f flow, protocol string) {
 	words := strings.Fields(s)
@@ -60,8 +65,12 @@ func TestFlowsThatLeadNowhereEnd(t *testing.T) {
 		{name: "an address comes", prev: with(dns(0, "10.1.0.1:53"), func(s *forwarding.Service) { s.ServiceIPs = nil }), next: dns(0, "10.1.0.1:53"),
 			ends: []string{"udp 10.99.0.10:53 10.99.0.10:53"}, stay: []string{"udp 10.99.0.10:53 10.1.0.1:53"}},
 		{name: "node ports", prev: dns(30053, "10.1.0.1:53", "10.1.0.2:53"), next: dns(30053, "10.1.0.2:53"),
-			ends: []string{"udp 192.168.0.1:30053 10.1.0.1:53", "udp 192.168.7.7:30053 10.1.0.1:53"},
-			stay: []string{"udp 192.168.0.1:30053 10.1.0.2:53", "udp 192.168.0.1:30054 10.1.0.1:53"}},
+			ends: []string{"udp 192.168.0.1:30053 10.1.0.1:53"},
+			stay: []string{"udp 192.168.0.1:30053 10.1.0.2:53", "udp 192.168.0.1:30054 10.1.0.1:53", "udp 192.168.7.7:30053 10.1.0.1:53"}},
+		{name: "node ports at addresses that are not listed", prev: with(dns(30053, "10.1.0.1:53"), at("192.168.0.0/16")), next: with(dns(30053, "10.1.0.2:53"), at("192.168.0.0/16")),
+			ends: []string{"udp 192.168.7.7:30053 10.1.0.1:53"}, stay: []string{"udp 192.168.7.7:30053 192.168.7.7:30053"}},
+		{name: "the node's address changes", prev: with(dns(30053, "10.1.0.1:53"), at("192.168.7.7/32")), next: dns(30053, "10.1.0.2:53"),
+			ends: []string{"udp 192.168.7.7:30053 10.1.0.1:53", "udp 192.168.0.1:30053 10.1.0.1:53"}},
 		{name: "the Service goes", prev: dns(30053, "10.1.0.1:53"), next: nil,
 			ends: []string{"udp 10.99.0.10:53 10.1.0.1:53", "udp 192.168.0.1:30053 10.1.0.1:53"}},
 		{name: "its node port goes", prev: dns(30053, "10.1.0.1:53"), next: dns(0, "10.1.0.1:53"),
@@ -125,6 +134,39 @@ func TestAddressMoves(t *testing.T) {
 	}
 }
 
+// TestEndpointComesMeanwhile: flows to an endpoint that comes when a pass is due or under way go on, although the change that asked for the pass did not
+// know it.
+func TestEndpointComesMeanwhile(t *testing.T) {
+	wrong, _ := parseFlow("udp 10.99.0.10:53 10.1.0.1:53")
+	right, _ := parseFlow("udp 10.99.0.10:53 10.1.0.3:53")
+	c := New(logr.Discard())
+	goes := func() { c.Changed(dns(0, "10.1.0.1:53", "10.1.0.2:53"), dns(0, "10.1.0.2:53")) }
+	comes := func() { c.Changed(dns(0, "10.1.0.2:53"), dns(0, "10.1.0.2:53", "10.1.0.3:53")) }
+	for when, pass := range map[string]func(ends func(stale, func(flow) bool)){
+		"due": func(ends func(stale, func(flow) bool)) {
+			comes()
+			c.pass(func(_ uint8, s stale, spare func(flow) bool) (uint, error) { ends(s, spare); return 0, nil })
+		},
+		"under way": func(ends func(stale, func(flow) bool)) {
+			c.pass(func(_ uint8, s stale, spare func(flow) bool) (uint, error) { comes(); ends(s, spare); return 0, nil })
+		},
+	} {
+		goes()
+		families := 0
+		pass(func(s stale, spare func(flow) bool) {
+			if families++; families > 1 {
+				return // IPv6
+			}
+			if !s.leadsNowhere(wrong) || spare(wrong) {
+				t.Errorf("a pass is %s: the flow to an endpoint that is gone goes on", when)
+			}
+			if s.leadsNowhere(right) && !spare(right) {
+				t.Errorf("a pass is %s: the flow to the endpoint that came ends", when)
+			}
+		})
+	}
+}
+
 // TestFailedPass: what a pass could not do is done by a later one, with what has changed meanwhile.
 func TestFailedPass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -136,7 +178,7 @@ func TestFailedPass(t *testing.T) {
 		refused := errors.New("no memory")
 		failing := 3
 		var seen stale
-		go c.run(ctx, func(_ uint8, s stale) (uint, error) {
+		go c.run(ctx, func(_ uint8, s stale, _ func(flow) bool) (uint, error) {
 			if failing > 0 {
 				failing--
 				return 1, refused
@@ -177,7 +219,7 @@ func TestPassesRest(t *testing.T) {
 		defer cancel()
 		c := New(logr.Discard())
 		passes := 0
-		go c.run(ctx, func(uint8, stale) (uint, error) {
+		go c.run(ctx, func(uint8, stale, func(flow) bool) (uint, error) {
 			passes++
 			time.Sleep(20 * time.Millisecond)
 			return 0, nil

@@ -40,10 +40,27 @@ func (s stale) change(prev, next *forwarding.Service) {
 			}
 		}
 	}
-	if next != nil {
+	if next != nil && next.Key.Protocol == forwarding.UDP {
 		allowed := target{owner: next.Key, endpoints: allowedBy(next), here: next.NodePortAddresses}
 		for fe := range frontendsOf(next) {
 			s[fe] = allowed
+		}
+		if prev != nil && prev.NodePort == next.NodePort && next.NodePort != 0 && !slices.Equal(prev.NodePortAddresses, next.NodePortAddresses) {
+			allowed.here = slices.Concat(prev.NodePortAddresses, next.NodePortAddresses)
+			s[frontend{netip.Addr{}, next.NodePort}] = allowed
+		}
+	}
+}
+
+// update takes note of a change that leaves no flows itself, for the frontends that have to be looked at anyway.
+func (s stale) update(next *forwarding.Service) {
+	if next == nil || len(s) == 0 {
+		return
+	}
+	for fe := range frontendsOf(next) {
+		if t, due := s[fe]; due && t.owner == next.Key {
+			t.endpoints = allowedBy(next)
+			s[fe] = t
 		}
 	}
 }
@@ -70,19 +87,39 @@ func (s stale) restore(undone stale) {
 
 // leadsNowhere says whether a flow is to a frontend that is stale and leads to none of its endpoints.
 func (s stale) leadsNowhere(f flow) bool {
-	if t, ok := s[frontend{f.sentTo.Addr(), f.sentTo.Port()}]; ok {
-		_, allowed := t.endpoints[f.answers]
-		return !allowed
-	}
-	t, ok := s[frontend{netip.Addr{}, f.sentTo.Port()}]
+	t, ok := s.target(f)
 	if !ok {
 		return false
 	}
-	if f.answers == f.sentTo && !t.isHere(f.sentTo.Addr()) {
-		return false // through this node to somebody else's port of the same number
-	}
 	_, allowed := t.endpoints[f.answers]
 	return !allowed
+}
+
+// allows says whether a flow is to a frontend in s and leads to one of its endpoints.
+func (s stale) allows(f flow) bool {
+	t, ok := s.target(f)
+	if !ok {
+		return false
+	}
+	_, allowed := t.endpoints[f.answers]
+	return allowed
+}
+
+// target gives where a flow may lead, and false if it is to no frontend in s.
+func (s stale) target(f flow) (target, bool) {
+	if t, ok := s[frontend{f.sentTo.Addr(), f.sentTo.Port()}]; ok {
+		return t, true
+	}
+	t, ok := s[frontend{netip.Addr{}, f.sentTo.Port()}]
+	if !ok || t.isHere(f.sentTo.Addr()) {
+		return t, ok
+	}
+	// Through this node to somebody else's port of the same number: as it was sent, or translated by something else. Where node ports are served at
+	// addresses that are not listed one by one, what is translated may as well be one.
+	if f.answers == f.sentTo || t.listed(f.sentTo.Addr()) {
+		return target{}, false
+	}
+	return t, true
 }
 
 // isHere says whether a node port is served at an address. A prefix that is no single address or loopback says what would be served
@@ -90,6 +127,13 @@ func (s stale) leadsNowhere(f flow) bool {
 func (t target) isHere(ip netip.Addr) bool {
 	return slices.ContainsFunc(t.here, func(p netip.Prefix) bool {
 		return (p.IsSingleIP() || p.Addr().IsLoopback()) && p.Contains(ip)
+	})
+}
+
+// listed says whether the addresses of a family at which a node port is served are known one by one.
+func (t target) listed(of netip.Addr) bool {
+	return !slices.ContainsFunc(t.here, func(p netip.Prefix) bool {
+		return p.Addr().Is4() == of.Is4() && !p.IsSingleIP() && !p.Addr().IsLoopback()
 	})
 }
 

@@ -85,11 +85,12 @@ func Open() (*Table, error) {
 // Close lets go of the socket.
 func (t *Table) Close() error { return unix.Close(t.fd) }
 
-// end ends the UDP flows of an address family that lead nowhere, in all conntrack zones, and says how many that were. With an error, flows may be left.
-func (t *Table) end(family uint8, s stale) (ended uint, err error) {
+// end ends the UDP flows of an address family that lead nowhere and are not spared, in all conntrack zones, and says how many that were. With an error, flows
+// may be left.
+func (t *Table) end(family uint8, s stale, spare func(flow) bool) (ended uint, err error) {
 	for range reads {
 		t.doomed = t.doomed[:0]
-		if err = t.find(family, s); err != nil && !errors.Is(err, errIncomplete) {
+		if err = t.find(family, s, spare); err != nil && !errors.Is(err, errIncomplete) {
 			break
 		}
 		// What is known to lead nowhere ends, even if it is not all.
@@ -140,9 +141,9 @@ func (s stale) queries() map[query]struct{} {
 }
 
 // find collects the requests that end the flows which lead nowhere.
-func (t *Table) find(family uint8, s stale) error {
+func (t *Table) find(family uint8, s stale, spare func(flow) bool) error {
 	doom := func(f flow, e entry) {
-		if s.leadsNowhere(f) {
+		if s.leadsNowhere(f) && !spare(f) {
 			t.doom(family, e)
 		}
 	}

@@ -185,7 +185,7 @@ func TestGoneMeanwhile(t *testing.T) {
 	s := stale{}
 	s.change(dns(0, "10.1.0.1:53"), nil)
 	table.doomed = table.doomed[:0]
-	if err := table.find(unix.AF_INET, s); err != nil {
+	if err := table.find(unix.AF_INET, s, spareNone); err != nil {
 		t.Fatal(err)
 	}
 	again := slices.Clone(table.doomed)
