@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -114,21 +115,32 @@ type openFlow struct {
 	server string
 }
 
-// openFlowOf connects, and learns who serves.
-func (l *Lab) openFlow(network, from, to string, family int) (*openFlow, error) {
-	f := &openFlow{name: fmt.Sprintf("%s from %s to the %s %s", network, from, to, destination(to, family))}
+// dialFlow connects from a place to what is described by to.
+func (l *Lab) dialFlow(network, from, to string, family int, at netip.AddrPort) (*openFlow, error) {
+	f := &openFlow{name: fmt.Sprintf("%s from %s to the %s %s", network, from, to, at)}
 	var err error
-	if f.conn, err = dial(l.space(from), network, find(from).addrs[family], destination(to, family), patience); err != nil {
+	if f.conn, err = dial(l.space(from), network, find(from).addrs[family], at, patience); err != nil {
 		return nil, fmt.Errorf("%s: %w", f.name, err)
 	}
 	l.Cleanup(func() { f.conn.Close() })
 	if network == "tcp" {
 		f.reader = bufio.NewReader(f.conn)
 	}
-	if f.server, err = f.greeting(patience); err != nil {
-		return nil, fmt.Errorf("%s: %w", f.name, err)
-	}
 	return f, nil
+}
+
+// openFlowTo connects, and learns who serves.
+func (l *Lab) openFlowTo(network, from, to string, family int, at netip.AddrPort) *openFlow {
+	l.Helper()
+	f, err := l.dialFlow(network, from, to, family, at)
+	if err == nil {
+		f.server, err = f.greeting(patience)
+		err = f.wrap(err)
+	}
+	if err != nil {
+		l.Fatal(err)
+	}
+	return f
 }
 
 // greeting gives who serves: a TCP server says so at once, a UDP server to every datagram.
@@ -198,11 +210,7 @@ func (l *Lab) openFlows(from string, networks ...string) openFlows {
 			for _, network := range networks {
 				for _, place := range strings.Fields(from) {
 					for range each {
-						f, err := l.openFlow(network, place, to, family)
-						if err != nil {
-							l.Fatal(err)
-						}
-						open.all = append(open.all, f)
+						open.add(l.openFlowTo(network, place, to, family, destination(to, family)))
 					}
 				}
 			}
@@ -210,6 +218,8 @@ func (l *Lab) openFlows(from string, networks ...string) openFlows {
 	}
 	return open
 }
+
+func (o *openFlows) add(f *openFlow) { o.all = append(o.all, f) }
 
 // during keeps data going over all flows while change runs and once more after it, and reports the flows that fail.
 func (o openFlows) during(change func()) {

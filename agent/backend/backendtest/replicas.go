@@ -52,7 +52,11 @@ func (l *Lab) addReplicas() {
 		there.Reset()
 		for _, name := range replicasOf(base, replicas) {
 			for _, a := range find(name).addrs {
-				fmt.Fprintf(&there, "ip addr add %s/%d dev eth0\n", a, a.BitLen())
+				flags := ""
+				if a.Is6() {
+					flags = "nodad" // else it is of no use for a second
+				}
+				fmt.Fprintf(&there, "ip addr add %s/%d dev eth0 %s\n", a, a.BitLen(), flags)
 				if base == "b" {
 					fmt.Fprintf(&here, "ip route add %s dev pod-b\n", a)
 				}
