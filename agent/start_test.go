@@ -161,7 +161,9 @@ func TestStartNeverDropsWhatWorked(t *testing.T) {
 			keys = append(keys, key)
 			leave(key, in)
 		}
-		held := func(key forwarding.ServiceKey) bool { return r.modes[0].kernel[key] != nil || r.modes[1].kernel[key] != nil }
+		held := func(key forwarding.ServiceKey) bool {
+			return r.modes[0].kernel[key] != nil || r.modes[1].kernel[key] != nil
+		}
 		for _, m := range r.modes {
 			m.beforeReturn = func() {
 				for key, stays := range left {

@@ -11,6 +11,8 @@ import (
 // PortRange is a range of ports, both ends included.
 type PortRange struct{ First, Last uint16 }
 
+func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last) }
+
 const (
 	localPortRange     = "net/ipv4/ip_local_port_range"
 	localReservedPorts = "net/ipv4/ip_local_reserved_ports"

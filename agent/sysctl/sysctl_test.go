@@ -160,7 +160,7 @@ func TestLocalPorts(t *testing.T) {
 		ports, err := tree(t, map[string]string{localPortRange: c.all, localReservedPorts: c.reserved}).LocalPorts()
 		var got []string
 		for _, p := range ports {
-			got = append(got, fmt.Sprintf("%d-%d", p.First, p.Last))
+			got = append(got, p.String())
 		}
 		if s := strings.Join(got, " "); err != nil || s != c.want {
 			t.Errorf("%q without %q: %s (%v), want %s", c.all, c.reserved, s, err, c.want)
