@@ -105,7 +105,7 @@ var affinity = []Scenario{
 	}},
 	{"sessions begin and end with session affinity of their Service", func(l *Lab) {
 		l.Program(web(at(replicasOf("b", 8)...), clientIP(hour)))
-		pins := l.pin("c outside", serviceAddresses)
+		l.pin("c outside", serviceAddresses)
 		l.Program(web(at(replicasOf("b", 8)...), nil))
 		for _, client := range []string{"c", "outside"} {
 			servers := map[string]int{}
@@ -117,7 +117,7 @@ var affinity = []Scenario{
 			}
 		}
 		l.Program(web(at(replicasOf("b", 8)...), clientIP(hour)))
-		pins = l.pin("c outside", serviceAddresses)
+		pins := l.pin("c outside", serviceAddresses)
 		pins.stay(1)
 	}},
 }
