@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -44,6 +47,12 @@ var podNames = []string{"a", "b", "c", "q", "r"}
 // secondAddrs are addresses of the node besides its primary ones.
 var secondAddrs = addrs("172.18.0.1", "fd00:18::1")
 
+// linkAddrs are the node's on its links to pods.
+var linkAddrs = addrs("169.254.1.1", "fe80::1")
+
+// newAddrs are what Lab.addAddress gives the node.
+var newAddrs = addrs("192.0.2.77", "2001:db8:1::4d")
+
 var clusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
 
 func addrs(v4, v6 string) [2]netip.Addr {
@@ -57,15 +66,17 @@ type Lab struct {
 	world   *World
 	node    *netns.NS
 	spaces  map[string]*netns.NS // by place
+	// more are addresses that the node has at the moment besides those it always has.
+	more *[]netip.Addr
 }
 
 // newLab makes a lab and starts the subject in it.
 func newLab(t testing.TB, start Starter) *Lab {
 	t.Helper()
-	l := &Lab{TB: t, node: netns.NewT(t), world: &World{}, spaces: map[string]*netns.NS{}}
+	l := &Lab{TB: t, node: netns.NewT(t), world: &World{}, spaces: map[string]*netns.NS{}, more: &[]netip.Addr{}}
 	l.spaces["node"] = l.node
 	// Refusals of UDP are ICMP, of which the kernel otherwise sends one client a few a second.
-	l.sh(l.node, `sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv6.conf.default.accept_dad=0 net.ipv4.conf.all.route_localnet=1
+	l.sh(l.node, `sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv6.conf.default.accept_dad=0
 		sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv4.icmp_msgs_per_sec=100000 net.ipv4.icmp_msgs_burst=100000 net.ipv6.icmp.ratelimit=0`)
 	outside := l.neighbour("outside", "192.0.2.1/24", "192.0.2.2/24", "2001:db8:1::1/64", "2001:db8:1::2/64")
 	l.spaces["outside"] = outside
@@ -184,18 +195,46 @@ func labGround() forwarding.Ground {
 	return forwarding.Ground{Pods: forwarding.PodTraffic{Sources: clusterCIDRs}}
 }
 
-func labNode() *corev1.Node {
+// labNode is the Node object of the node under test, with other addresses than its own if there are any.
+func labNode(others ...[2]netip.Addr) *corev1.Node {
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName, Labels: map[string]string{corev1.LabelTopologyZone: zoneHere}}}
-	for _, a := range places["node"].addrs {
-		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
+	if len(others) == 0 {
+		others = [][2]netip.Addr{places["node"].addrs}
+	}
+	for _, both := range others {
+		for _, a := range both {
+			n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
+		}
 	}
 	return n
 }
 
+// addAddress gives the node one more address in each family, until the row ends or the function is called.
+func (l *Lab) addAddress(device string, both [2]netip.Addr) (remove func()) {
+	l.Helper()
+	l.sh(l.node, fmt.Sprintf("ip addr add %s dev %s; ip addr add %s dev %s nodad", both[0], device, both[1], device))
+	had := *l.more
+	*l.more = append(slices.Clip(had), both[:]...)
+	remove = sync.OnceFunc(func() {
+		l.sh(l.node, fmt.Sprintf("ip addr del %s/32 dev %s; ip addr del %s/128 dev %s", both[0], device, both[1], device))
+		*l.more = had
+	})
+	l.Cleanup(remove)
+	// The kernel adds the routes by which it receives what is for the address a little later.
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+		out, err := l.node.Run("ip", "-6", "route", "show", "table", "local", both[1].String())
+		if err == nil && strings.Contains(out, "local ") {
+			return remove
+		}
+	}
+	l.Fatalf("the node does not receive what is for its address %s", both[1])
+	return nil
+}
+
 // lookupNode is what State.Lookup must know of the lab's node.
-func lookupNode() forwarding.Node {
-	var n forwarding.Node
-	for _, both := range [][2]netip.Addr{places["node"].addrs, secondAddrs, localhost} {
+func (l *Lab) lookupNode() forwarding.Node {
+	n := forwarding.Node{Addrs: slices.Clone(*l.more)}
+	for _, both := range [][2]netip.Addr{places["node"].addrs, secondAddrs, loopback, linkAddrs} {
 		n.Addrs = append(n.Addrs, both[:]...)
 	}
 	return n

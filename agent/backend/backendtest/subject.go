@@ -12,6 +12,8 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/agent/localhost"
+	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
 
@@ -62,13 +64,16 @@ type backendSubject struct {
 	running sync.WaitGroup
 	table   *conntrack.Table
 	cleaner *conntrack.Cleaner
+	local   *localhost.Proxy
 
 	mu      sync.Mutex // for what follows
 	backend backend.Backend
 	// applied is what the kernel holds, nil if that is unknown; settled is what the last success established since the start, and outlives failures.
 	applied       *forwarding.State
 	settled, last forwarding.State
-	failed        error // of what runs in the background
+
+	trouble sync.Mutex // by itself, because what is told of changes may complain at once
+	failed  error      // of what runs beside
 }
 
 var _ Breaker = (*backendSubject)(nil)
@@ -85,8 +90,9 @@ func (s *backendSubject) start() (err error) {
 	if err != nil {
 		return err
 	}
-	// What the cleaner logs without being asked for details is errors.
-	s.cleaner = conntrack.New(funcr.New(func(_, line string) { s.fail(errors.New(line)) }, funcr.Options{}))
+	failing := funcr.New(func(_, line string) { s.fail(errors.New(line)) }, funcr.Options{Verbosity: -1}) // errors only
+	s.cleaner = conntrack.New(failing)
+	s.local = localhost.New(failing, localhost.Host{Do: s.node.Do, Sysctl: sysctl.Kernel})
 	var ctx context.Context
 	ctx, s.stop = context.WithCancel(context.Background())
 	s.running.Go(func() { s.cleaner.Run(ctx, s.table) })
@@ -99,15 +105,18 @@ func (s *backendSubject) start() (err error) {
 func (s *backendSubject) end() error {
 	s.stop()
 	s.running.Wait()
+	s.local.Close()
 	s.table.Close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.trouble.Lock()
+	defer s.trouble.Unlock()
 	return errors.Join(s.failed, s.backend.Close())
 }
 
 func (s *backendSubject) fail(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.trouble.Lock()
+	defer s.trouble.Unlock()
 	s.failed = errors.Join(s.failed, err)
 }
 
@@ -176,6 +185,7 @@ func (s *backendSubject) apply(ctx context.Context) error {
 	}
 	for c := range forwarding.Changes(s.settled, next) {
 		s.cleaner.Changed(c.Prev, c.Next)
+		s.local.Changed(c.Prev, c.Next)
 	}
 	s.applied, s.settled = &next, next
 	return nil

@@ -23,30 +23,48 @@ const (
 
 var networks = map[forwarding.Protocol]string{forwarding.TCP: "tcp", forwarding.UDP: "udp", forwarding.SCTP: "sctp"}
 
-// serve answers TCP, UDP and SCTP at a place, on each of its addresses by itself: a wildcard UDP server with several addresses would answer from the
-// wrong one. Every answer is "PLACE remote-address"; TCP connections then echo.
+// serve answers at a place, on each of its addresses by itself: a wildcard UDP server with several addresses would answer from the wrong one.
 func (l *Lab) serve(name string) {
 	l.Helper()
 	for _, a := range places[name].addrs {
-		to := netip.AddrPortFrom(a, serverPort)
-		err := l.spaces[name].Do(func() error {
-			tcp, err := net.Listen("tcp", to.String())
-			if err != nil {
-				return err
-			}
-			l.Cleanup(func() { tcp.Close() })
-			udp, err := net.ListenPacket("udp", to.String())
-			if err != nil {
-				return err
-			}
-			l.Cleanup(func() { udp.Close() })
-			go acceptAll(tcp, name)
-			go answerAll(udp, name)
-			return l.serveSCTP(name, to)
-		})
-		if err != nil {
-			l.Fatal(err)
+		l.answer(l.spaces[name], name, netip.AddrPortFrom(a, serverPort))
+	}
+}
+
+// listener is the name of servers that are no endpoint of anything.
+const listener = "host's listener"
+
+// listen serves at a port of the node as some program of the node would, until the row ends.
+func (l *Lab) listen(port uint16, addresses ...[2]netip.Addr) {
+	l.Helper()
+	for _, both := range addresses {
+		for _, a := range both {
+			l.answer(l.node, listener, netip.AddrPortFrom(a, port))
 		}
+	}
+}
+
+// answer serves TCP, UDP and SCTP at an address. Every answer is "NAME remote-address"; TCP connections then echo, and so do UDP servers the rest of what is
+// longer than a question.
+func (l *Lab) answer(ns *netns.NS, name string, at netip.AddrPort) {
+	l.Helper()
+	err := ns.Do(func() error {
+		tcp, err := net.Listen("tcp", at.String())
+		if err != nil {
+			return err
+		}
+		l.Cleanup(func() { tcp.Close() })
+		udp, err := net.ListenPacket("udp", at.String())
+		if err != nil {
+			return err
+		}
+		l.Cleanup(func() { udp.Close() })
+		go acceptAll(tcp, name)
+		go answerAll(udp, name)
+		return l.serveSCTP(name, at)
+	})
+	if err != nil {
+		l.Fatal(err)
 	}
 }
 
@@ -64,14 +82,21 @@ func acceptAll(listener net.Listener, name string) {
 	}
 }
 
+// question is what asks a server who it is.
+const question = "who\n"
+
 func answerAll(conn net.PacketConn, name string) {
-	buf := make([]byte, 2048)
+	buf := make([]byte, 64<<10)
 	for {
-		_, from, err := conn.ReadFrom(buf)
+		n, from, err := conn.ReadFrom(buf)
 		if err != nil {
 			return // closed
 		}
-		_, _ = conn.WriteTo(fmt.Appendf(nil, "%s %s\n", name, from), from) // the client asks again if it is lost
+		answer := fmt.Appendf(nil, "%s %s\n", name, from)
+		if n > len(question) {
+			answer = append(answer, buf[len(question):n]...)
+		}
+		_, _ = conn.WriteTo(answer, from) // the client asks again if it is lost
 	}
 }
 
@@ -116,7 +141,7 @@ func read(c net.Conn, network string, wait time.Duration) (answer, error) {
 		return answer{}, err
 	}
 	if network != "tcp" {
-		if _, err := c.Write([]byte("who\n")); err != nil {
+		if _, err := c.Write([]byte(question)); err != nil {
 			return answer{}, err
 		}
 	}
@@ -124,9 +149,10 @@ func read(c net.Conn, network string, wait time.Duration) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	server, remote, _ := strings.Cut(strings.TrimSpace(line), " ")
-	seen, err := netip.ParseAddrPort(remote)
-	return answer{server, seen}, err
+	line = strings.TrimSpace(line)
+	end := strings.LastIndex(line, " ")
+	seen, err := netip.ParseAddrPort(line[end+1:])
+	return answer{line[:max(end, 0)], seen}, err
 }
 
 func isTimeout(err error) bool {
