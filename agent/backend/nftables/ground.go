@@ -29,10 +29,11 @@ type plot struct {
 	// ranges are the declared ranges, none in another.
 	ranges                     []netip.Prefix
 	masqueradeAll, dropInvalid bool
+	countTraffic               bool
 }
 
 func (f *family) plot(g forwarding.Ground) plot {
-	p := plot{interfaces: g.Pods.Interfaces, ranges: f.reduce(g.Ranges), masqueradeAll: g.MasqueradeAll, dropInvalid: g.DropInvalid}
+	p := plot{interfaces: g.Pods.Interfaces, ranges: f.reduce(g.Ranges), masqueradeAll: g.MasqueradeAll, dropInvalid: g.DropInvalid, countTraffic: g.CountTraffic}
 	for _, s := range g.Pods.Sources {
 		if f.is(s.Addr()) {
 			p.sources = append(p.sources, s.Masked())

@@ -398,6 +398,8 @@ func formatPart(typ uint32, v []byte) string {
 			return "sctp"
 		}
 		return strconv.Itoa(int(v[0]))
+	case typeDirection:
+		return [...]string{"original", "reply"}[v[0]&1]
 	case typeService:
 		return strconv.Itoa(int(binary.BigEndian.Uint16(v)))
 	case typeClassID:

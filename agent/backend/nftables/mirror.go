@@ -38,8 +38,9 @@ type mirror struct {
 	serviceIPs memberSet
 	hairpin    memberSet
 	// ranges are the declared ranges, and bounds what is in the set.
-	ranges *nfnl.Set
-	bounds []bound
+	ranges  *nfnl.Set
+	bounds  []bound
+	tallies tallies
 	// loopback says that node ports are served at loopback.
 	loopback bool
 
@@ -101,6 +102,8 @@ type frontend struct {
 	slots    slots
 	// pins says that the slots are in the shard's draws and pinned rather than in the endpoint map.
 	pins bool
+	// counted says that its counters are there.
+	counted bool
 }
 
 func newMirror(f *family, ground forwarding.Ground) *mirror {
@@ -229,6 +232,7 @@ func (m *mirror) claim(svc *forwarding.Service) {
 			m.removeRival(w.key, svc.Key)
 		}
 		f.owner, f.claimed = svc.Key, true
+		m.count(w.key, f)
 	}
 }
 
@@ -300,6 +304,7 @@ func (m *mirror) forget(prev, svc *forwarding.Service, next forwarding.State) {
 		m.wanted = m.wants(m.wanted, svc, m.plot.serviceIPs())
 	} else {
 		m.eachMember(prev, m.release)
+		m.uncountService(prev.Key)
 	}
 	for i := range m.previous {
 		key := m.previous[i].key
@@ -329,6 +334,7 @@ func (m *mirror) inherit(f *frontend, key frontKey, next forwarding.State) bool 
 		wants := m.wants(nil, svc, m.plot.serviceIPs())
 		if i := slices.IndexFunc(wants, func(w want) bool { return w.key == key }); i >= 0 {
 			f.owner = heir
+			m.count(key, f)
 			m.place(f, &wants[i])
 			return true
 		}
@@ -391,6 +397,7 @@ func (m *mirror) remove(key frontKey, f *frontend) {
 	m.unref(f)
 	m.setSlots(key, f, nil, f.pins)
 	m.leaveShard(f)
+	m.uncount(key, f)
 	delete(m.fronts, key)
 	ds.fronts--
 	m.garbage = true
@@ -554,6 +561,7 @@ func (m *mirror) sweep() {
 		m.tx.deleteElement(s.set, []byte(s.key))
 	}
 	m.strays = nil
+	m.sweepTallies()
 	for _, s := range []*memberSet{&m.serviceIPs, &m.hairpin} {
 		for e, uses := range s.uses {
 			if uses == 0 {
@@ -583,6 +591,7 @@ func (m *mirror) finish() {
 	for _, c := range m.nodePortChains(classes) {
 		m.ensureChain(c)
 	}
+	m.finishTallies(classes)
 }
 
 // collect deletes chains and maps that nothing uses any more.
@@ -641,6 +650,7 @@ func (m *mirror) collectChains() {
 	for g := range m.gates {
 		used[g.name()] = true
 	}
+	m.collectTallies(used)
 	var unused []string
 	for name := range m.chains {
 		if !used[name] {

@@ -36,6 +36,7 @@ type Backend struct {
 	tx       transaction
 	commits  uint32
 	partSize int
+	counting *counting
 }
 
 var _ backend.Backend = (*Backend)(nil)
@@ -47,9 +48,12 @@ func New() (*Backend, error) {
 		return nil, fmt.Errorf("nftables: %w", err)
 	}
 	b := &Backend{conn: conn, drifted: make(chan struct{}, 1), partSize: partSize}
+	if b.counting, err = newCounting(); err != nil {
+		return nil, errors.Join(fmt.Errorf("nftables: %w", err), conn.Close())
+	}
 	b.watch, err = nfnl.NewWatch(TableName, conn, b.signal)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("nftables: %w", err), conn.Close())
+		return nil, errors.Join(fmt.Errorf("nftables: %w", err), b.counting.close(), conn.Close())
 	}
 	return b, nil
 }
@@ -66,7 +70,9 @@ func (b *Backend) signal() {
 func (b *Backend) Drifted() <-chan struct{} { return b.drifted }
 
 // Close implements backend.Backend.
-func (b *Backend) Close() error { return errors.Join(b.watch.Close(), b.conn.Close()) }
+func (b *Backend) Close() error {
+	return errors.Join(b.watch.Close(), b.counting.close(), b.conn.Close())
+}
 
 // Apply implements backend.Backend.
 func (b *Backend) Apply(ctx context.Context, prev *forwarding.State, next forwarding.State) error {
@@ -111,6 +117,7 @@ func (b *Backend) rebuild(ctx context.Context, next forwarding.State) error {
 			return fmt.Errorf("nftables: %w", err)
 		}
 		b.mirrors = job.mirrors
+		b.counting.retain(b.mirrors, next)
 		if lenient {
 			b.signal()
 		}
@@ -133,6 +140,9 @@ func (b *Backend) read(j *job, lenient bool) (generation uint32, err error) {
 			return 0, fmt.Errorf("read back: %w", err)
 		}
 		j.mirrors = append(j.mirrors, m)
+	}
+	if !b.tx.dry {
+		b.counting.adopt(j.mirrors)
 	}
 	after, err := b.conn.Generation()
 	if err == nil && after != before && !lenient {
@@ -365,6 +375,10 @@ func (f *family) sample(batch *nfnl.Batch) {
 	chains := append(f.staticChains(everything), f.loopbackGuard())
 	sets = append(sets, append(f.staticSets(), f.rangeSet())...)
 	chains = append(chains, f.nodePortChains([]class{cl})...)
+	chains = append(chains, f.tallyChains([]class{cl})...)
+	for _, kind := range []tallyKind{tallyTraffic, tallyConnections} {
+		sets = append(sets, f.tallySet(tallySet{kind, 0}), f.tallySet(tallySet{kind, cl.id}))
+	}
 	for _, d := range []door{{}, {class: cl.id}, {class: cl.id, here: true}} {
 		if d.class != 0 {
 			sets = append(sets, f.doorMap(d))

@@ -66,7 +66,7 @@ func (r reader) read(f *family, ground forwarding.Ground, tx *transaction) (*mir
 
 // fits says whether what exists under our names could be made into ours.
 func (m *mirror) fits(chains map[string]*nfnl.Chain, sets map[string]*nfnl.Set) bool {
-	for _, c := range append(m.staticChains(m.plot), m.loopbackGuard()) {
+	for _, c := range slices.Concat(m.staticChains(m.plot), []chain{m.loopbackGuard()}, m.tallyBases()) {
 		have := chains[c.name]
 		if have != nil && ((have.Hook == nil) != (c.hook == nil) || (c.hook != nil && *have.Hook != *c.hook)) {
 			return false
@@ -113,6 +113,9 @@ func (m *mirror) describe(name string) *nfnl.Set {
 	if d, ok := parseDoor(name); ok {
 		return m.doorMap(d)
 	}
+	if s, ok := parseTallySet(name); ok && m.plot.countTraffic {
+		return m.family.tallySet(s)
+	}
 	return nil
 }
 
@@ -141,6 +144,9 @@ func (r reader) readElements(m *mirror, sets map[string]*nfnl.Set) error {
 	if err := r.readPinning(m, sets); err != nil {
 		return err
 	}
+	if err := r.readTallies(m, sets); err != nil {
+		return err
+	}
 	for _, ds := range m.doors {
 		d, _ := parseDoor(ds.set.Name)
 		if err := r.check(r.conn.Elements(ds.set, func(e nfnl.Element) { m.adoptVerdict(d, e) })); err != nil {
@@ -164,14 +170,14 @@ func (r reader) readElements(m *mirror, sets map[string]*nfnl.Set) error {
 }
 
 // parseKey reads a door's key and gives what follows it.
-func (m *mirror) parseKey(d door, key []byte) (k frontKey, rest []byte, ok bool) {
+func (f *family) parseKey(d door, key []byte) (k frontKey, rest []byte, ok bool) {
 	k.door = d
 	if d.class == 0 {
-		if len(key) < int(m.addrLen) {
+		if len(key) < int(f.addrLen) {
 			return k, nil, false
 		}
-		copy(k.addr[:m.addrLen], key)
-		key = key[m.addrLen:]
+		copy(k.addr[:f.addrLen], key)
+		key = key[f.addrLen:]
 	}
 	if len(key) < 8 {
 		return k, nil, false

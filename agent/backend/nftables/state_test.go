@@ -175,7 +175,7 @@ func drawGround(t *rapid.T) forwarding.Ground {
 			Sources:    prefixes(some("pods", "10.244.0.0/16", "10.245.0.0/24", "fd00:244::/32")),
 			Interfaces: some("pods", "*", "br-pods", "fifteen-letters", "veth*"),
 		},
-		MasqueradeAll: rapid.Bool().Draw(t, "masquerade all"), DropInvalid: rapid.Bool().Draw(t, "drop invalid"),
+		MasqueradeAll: rapid.Bool().Draw(t, "masquerade all"), DropInvalid: rapid.Bool().Draw(t, "drop invalid"), CountTraffic: rapid.Bool().Draw(t, "count traffic"),
 		// Some lie within others, some touch, one reaches to the end of all addresses.
 		Ranges: prefixes(some("range", "10.96.0.0/12", "10.99.0.0/24", "10.99.1.0/24", "10.99.2.128/25", "128.0.0.0/1", "fd00:99::/112", "fd00:99::1:0/112", "8000::/1")),
 	}
@@ -286,7 +286,7 @@ func everything() forwarding.State {
 	g := ground
 	g.Pods.Interfaces = []string{"*", "br-pods", "veth*"}
 	g.Ranges = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("10.112.0.0/24"), netip.MustParsePrefix("255.0.0.0/8"), netip.MustParsePrefix("fd00:99::/112")}
-	g.DropInvalid = true
+	g.DropInvalid, g.CountTraffic = true, true
 	s := forwarding.State{}.On(g)
 	for family := range families {
 		for i, proto := range []forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP} {
