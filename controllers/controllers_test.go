@@ -393,6 +393,24 @@ var _ = Describe("status", func() {
 		updatePolicy(p, func(s *v1alpha1.ServiceProxyPolicySpec) { s.ProxyMode = v1alpha1.ProxyModeUserspace })
 		Eventually(policyCondition(p, v1alpha1.PolicyReady)).Should(HavePrefix("True"))
 
+		By("a node's kernel gives ports of the policy's range to outgoing connections, until they are reserved")
+		updatePolicy(p, func(s *v1alpha1.ServiceProxyPolicySpec) {
+			s.NodePortRange = &v1alpha1.NodePortRange{Start: 30900, End: 30909}
+		})
+		Eventually(policyCondition(p, v1alpha1.PolicyNodePortsExclusive)).Should(HavePrefix("True Exclusive"))
+		localPorts := func(ranges ...v1alpha1.NodePortRange) {
+			nps := &v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: "n0-" + t.name}}
+			Expect(k8s.Get(ctx, client.ObjectKeyFromObject(nps), nps)).To(Succeed())
+			nps.Status.LocalPorts = ranges
+			Expect(k8s.Status().Update(ctx, nps)).To(Succeed())
+		}
+		localPorts(v1alpha1.NodePortRange{Start: 1024, End: 30903})
+		Eventually(policyCondition(p, v1alpha1.PolicyNodePortsExclusive)).Should(HavePrefix(
+			"False OverlapsLocalPorts: 1 selected nodes give ports of nodePortRange 30900-30909 to outgoing connections, too, so that one may be taken when it is needed: n0-" + t.name + " (30900-30903); "))
+		Expect(policyCondition(p, v1alpha1.PolicyReady)()).To(HavePrefix("True"))
+		localPorts(v1alpha1.NodePortRange{Start: 1024, End: 30899}, v1alpha1.NodePortRange{Start: 30910, End: 65535})
+		Eventually(policyCondition(p, v1alpha1.PolicyNodePortsExclusive)).Should(HavePrefix("True Exclusive"))
+
 		By("another field manager's Programmed lives beside Allocated")
 		svc := t.service("web", nil)
 		a := t.allocated(svc)

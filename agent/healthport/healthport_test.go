@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -87,6 +89,32 @@ func TestServers(t *testing.T) {
 	s.Set(web, compile.HealthCheck{})
 	if got, err := probe("127.0.0.1", other); err == nil {
 		t.Errorf("the port of a Service without one answers: %+v", got)
+	}
+}
+
+// TestAnswerLikeKubeProxy compares an answer with what pkg/proxy/healthcheck/service_health.go in v1.37 writes.
+func TestAnswerLikeKubeProxy(t *testing.T) {
+	for _, c := range []struct {
+		endpoints int
+		healthy   bool
+		code      int
+	}{{2, true, 200}, {0, true, 503}, {2, false, 503}, {0, false, 503}} {
+		s := New(testr.New(t), func() bool { return c.healthy })
+		v := &server{service: web, check: compile.HealthCheck{Endpoints: c.endpoints}}
+		for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost} { // kube-proxy does not mind either, nor the path
+			w := httptest.NewRecorder()
+			s.handler(v).ServeHTTP(w, httptest.NewRequest(method, "/any/path", nil))
+			theirs := fmt.Sprintf(`{"service":{"namespace":"shop","name":"web"},"localEndpoints":%d,"serviceProxyHealthy":%t}`, c.endpoints, c.healthy)
+			if got := strings.TrimSpace(w.Body.String()); w.Code != c.code || got != theirs {
+				t.Errorf("%s %+v: %d %s, want %s", method, c, w.Code, got, theirs)
+			}
+			header := w.Result().Header
+			for name, want := range map[string]string{"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", "X-Load-Balancing-Endpoint-Weight": fmt.Sprint(c.endpoints)} {
+				if got := header.Get(name); got != want {
+					t.Errorf("%s %+v: %s is %q, want %q", method, c, name, got, want)
+				}
+			}
+		}
 	}
 }
 
