@@ -26,6 +26,8 @@ type Mode struct {
 	New func() (backend.Backend, error)
 	// Cleanup removes what the mode left in the kernel, without New.
 	Cleanup func(context.Context) error
+	// Anchor keeps open what the mode translated, also after Cleanup. nil: nothing has to.
+	Anchor *Anchor
 }
 
 const (
@@ -216,19 +218,24 @@ func (d *dataplane) due() (time.Time, bool) {
 	return time.Time{}, false
 }
 
-// Cleanup removes what every mode of a table left in the kernel. A mode that this node cannot do cannot have left anything.
+// Cleanup removes what every mode of a table left in the kernel, and ends the connections that it translated. A mode that this node cannot do cannot have left anything.
 func Cleanup(ctx context.Context, log logr.Logger, table []Mode) error {
-	var failed []error
+	var (
+		failed []error
+		able   []Mode
+	)
 	for _, m := range table {
 		if err := m.Probe(ctx); err != nil {
 			log.Info("Skipped a mode that this node cannot do", "mode", m.Name, "reason", err.Error())
 			continue
 		}
+		able = append(able, m)
 		if err := m.Cleanup(ctx); err != nil {
 			failed = append(failed, fmt.Errorf("clean up mode %s: %w", m.Name, err))
 			continue
 		}
 		log.Info("Removed all rules of a mode", "mode", m.Name)
 	}
+	failed = append(failed, removeAnchor(ctx, able))
 	return errors.Join(failed...)
 }

@@ -122,6 +122,13 @@ func inside(ns *netns.NS, table []agent.Mode) []agent.Mode {
 			Name:    m.Name,
 			Probe:   func(ctx context.Context) error { return ns.Do(func() error { return m.Probe(ctx) }) },
 			Cleanup: func(ctx context.Context) error { return ns.Do(func() error { return m.Cleanup(ctx) }) },
+			Anchor: &agent.Anchor{
+				Release: func(ctx context.Context) (gone bool, err error) {
+					err = ns.Do(func() (err error) { gone, err = m.Anchor.Release(ctx); return err })
+					return gone, err
+				},
+				Remove: func(ctx context.Context) error { return ns.Do(func() error { return m.Anchor.Remove(ctx) }) },
+			},
 			New: func() (b backend.Backend, err error) {
 				err = ns.Do(func() (err error) {
 					b, err = m.New()

@@ -50,6 +50,8 @@ type loop struct {
 	health  *health
 	tell    listeners
 
+	anchorage anchorage
+
 	nudged chan struct{} // a dataplane wants attention
 
 	node      *compile.Node
@@ -328,6 +330,7 @@ func (l *loop) cleanUpUnused(ctx context.Context) {
 		}
 		d.cleaned, d.failures = true, 0
 	}
+	l.tendAnchor(ctx)
 }
 
 func (l *loop) allCurrent() bool {
@@ -443,6 +446,9 @@ func (l *loop) untilDue() time.Duration {
 		if !d.available() && len(l.unserved) > 0 && l.asked(d) && d.probeAt.Before(next) {
 			next = d.probeAt
 		}
+	}
+	if at := l.anchorage.tryAt; !at.IsZero() && !l.anchorage.gone && at.Before(next) {
+		next = at
 	}
 	return max(time.Until(next), 0)
 }

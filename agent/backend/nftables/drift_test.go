@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/anchor"
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
@@ -146,8 +147,10 @@ func TestCleanup(t *testing.T) {
 	b := newBackend(t, ns)
 	apply(t, b, nil, everything())
 	for range 2 {
-		if err := ns.Do(func() error { return Cleanup(context.Background()) }); err != nil {
-			t.Fatal(err)
+		cleanUp(t, ns)
+		gone := false
+		if err := ns.Do(func() (err error) { gone, err = anchor.Release(context.Background()); return err }); err != nil || !gone {
+			t.Fatalf("the anchor is gone: %v, %v", gone, err)
 		}
 		if after := nft(t, ns, "", "list", "ruleset"); after != before {
 			t.Fatalf("left:\n%s\nwant:\n%s", after, before)

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/anchor"
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
@@ -51,7 +52,7 @@ func New() (*Backend, error) {
 	if b.counting, err = newCounting(); err != nil {
 		return nil, errors.Join(fmt.Errorf("nftables: %w", err), conn.Close())
 	}
-	b.watch, err = nfnl.NewWatch(TableName, conn, b.signal)
+	b.watch, err = nfnl.NewWatch(conn, b.signal, TableName, anchor.TableName)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("nftables: %w", err), b.counting.close(), conn.Close())
 	}
@@ -96,6 +97,9 @@ func (b *Backend) Apply(ctx context.Context, prev *forwarding.State, next forwar
 // rebuild reads the kernel back and changes what differs from next.
 func (b *Backend) rebuild(ctx context.Context, next forwarding.State) error {
 	b.mirrors = nil
+	if err := anchor.Ensure(b.conn); err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
 	job := job{Backend: b, next: next, rebuild: true}
 	for s := range next.All() {
 		job.changes = append(job.changes, forwarding.Change{Next: s})
@@ -172,7 +176,15 @@ func (b *Backend) Verify(ctx context.Context, want forwarding.State) ([]backend.
 	if err := job.run(ctx); err != nil {
 		return nil, fmt.Errorf("nftables: %w", err)
 	}
-	return b.tx.sortedDrifts(), nil
+	drifts := b.tx.sortedDrifts()
+	there, err := anchor.Present(b.conn)
+	if err != nil {
+		return nil, fmt.Errorf("nftables: %w", err)
+	}
+	if !there {
+		drifts = append(drifts, backend.Drift{Object: "inet " + anchor.TableName + " table " + anchor.TableName, Problem: "missing"})
+	}
+	return drifts, nil
 }
 
 // job brings mirrors, and the kernel with them, from one state to another.
@@ -324,7 +336,8 @@ func (j *job) resume() error {
 	return nil
 }
 
-// Cleanup removes our tables and nothing else from the network namespace that the calling thread is in.
+// Cleanup removes our tables and nothing else from the network namespace that the calling thread is in. The anchor, which other modes share, stays, so that
+// what was translated stays open.
 func Cleanup(ctx context.Context) error {
 	conn, err := nfnl.Dial()
 	if err != nil {
@@ -332,17 +345,30 @@ func Cleanup(ctx context.Context) error {
 	}
 	var errs []error
 	for _, f := range families {
-		if err := ctx.Err(); err != nil {
-			errs = append(errs, err)
-			break
-		}
-		var batch nfnl.Batch
-		batch.DeleteTable(f.table())
-		if err := conn.Commit(&batch, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := deleteTable(ctx, conn, f.table()); err != nil {
 			errs = append(errs, fmt.Errorf("nftables: %w", err))
 		}
 	}
 	return errors.Join(append(errs, conn.Close())...)
+}
+
+// deleteTable deletes a table if it is there. The anchor is there before it goes, whichever version made the table.
+func deleteTable(ctx context.Context, conn *nfnl.Conn, t nfnl.Table) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if there, err := conn.HasTable(t); err != nil || !there {
+		return err
+	}
+	if err := anchor.Ensure(conn); err != nil {
+		return err
+	}
+	var batch nfnl.Batch
+	batch.DeleteTable(t)
+	if err := conn.Commit(&batch, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
 }
 
 // Probe tells whether the kernel can do all that the rules need, by letting it check them in a transaction that is not committed.

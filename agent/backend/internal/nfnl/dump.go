@@ -135,15 +135,23 @@ type Chain struct {
 	Rules []string
 }
 
+// HasTable says whether a table exists.
+func (c *Conn) HasTable(t Table) (bool, error) {
+	err := c.get(unix.NFT_MSG_GETTABLE, 0, t.Family, appendString(nil, unix.NFTA_TABLE_NAME, t.Name), func(Family, []byte) {})
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read table %s: %w", t.Name, err)
+	}
+	return true, nil
+}
+
 // Chains gives the chains of a table with their rules, and whether the table exists. Like all that reads here it gives with ErrChanged what it
 // has read nevertheless, which may lack things.
 func (c *Conn) Chains(t Table) (chains map[string]*Chain, exists bool, err error) {
-	err = c.get(unix.NFT_MSG_GETTABLE, 0, t.Family, appendString(nil, unix.NFTA_TABLE_NAME, t.Name), func(Family, []byte) {})
-	if errors.Is(err, unix.ENOENT) {
-		return nil, false, nil
-	}
-	if err != nil {
-		return nil, false, fmt.Errorf("read table %s: %w", t.Name, err)
+	if exists, err := c.HasTable(t); !exists {
+		return nil, false, err
 	}
 	chains = map[string]*Chain{}
 	err = c.get(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, t.Family, nil, func(f Family, body []byte) {

@@ -219,7 +219,10 @@ func TestWatch(t *testing.T) {
 	own, other := dialT(t, ns), dialT(t, ns)
 	changed := make(chan struct{}, 100)
 	var w *Watch
-	if err := ns.Do(func() (err error) { w, err = NewWatch(table.Name, own, func() { changed <- struct{}{} }); return err }); err != nil {
+	if err := ns.Do(func() (err error) {
+		w, err = NewWatch(own, func() { changed <- struct{}{} }, "another", table.Name)
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	defer w.Close()
@@ -264,7 +267,7 @@ func FuzzMessages(f *testing.F) {
 	f.Add(framed)
 	f.Add([]byte{20, 0, 0, 0, 2, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4})
 	f.Fuzz(func(t *testing.T, p []byte) {
-		w := &Watch{table: "test"}
+		w := &Watch{tables: []string{"test"}}
 		w.concerns(p)
 		describe(p, 2)
 		for m := range messages(p) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,18 +14,18 @@ import (
 type Watch struct {
 	file    *os.File
 	changed func()
-	table   string
+	tables  []string
 	done    chan struct{}
 }
 
-// NewWatch calls changed, from a goroutine of its own, whenever a transaction of a socket other than own touches a table of the name in
+// NewWatch calls changed, from a goroutine of its own, whenever a transaction of a socket other than own touches a table of one of the names in
 // any family, and whenever notifications were lost. It watches the namespace in which it is called.
-func NewWatch(table string, own *Conn, changed func()) (*Watch, error) {
+func NewWatch(own *Conn, changed func(), tables ...string) (*Watch, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("open nf_tables watch: %w", err)
 	}
-	w := &Watch{file: os.NewFile(uintptr(fd), "nf_tables watch"), changed: changed, table: table, done: make(chan struct{})}
+	w := &Watch{file: os.NewFile(uintptr(fd), "nf_tables watch"), changed: changed, tables: tables, done: make(chan struct{})}
 	err = errors.Join(
 		unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}),
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20),
@@ -103,7 +104,7 @@ func (w *Watch) concerns(datagram []byte) bool {
 			continue
 		}
 		for attr, v := range attributes(m.body[sizeofNfgenmsg:]) {
-			if attr == unix.NFTA_TABLE_NAME && cString(v) == w.table { // 1 is the table's name in every kind of message
+			if attr == unix.NFTA_TABLE_NAME && slices.Contains(w.tables, cString(v)) { // 1 is the table's name in every kind of message
 				return true
 			}
 		}
