@@ -113,7 +113,7 @@ func (p *kubeProxy) Break() error {
 	if _, err := p.node.Run("sh", "-ec", script); err != nil {
 		return err
 	}
-	const wait = 10 * time.Second
+	const wait = 5 * time.Second
 	for deadline := time.Now().Add(wait); time.Now().Before(deadline); time.Sleep(interval) {
 		if held, err := p.holds(p.cluster.marker); err != nil || held {
 			return err

@@ -105,9 +105,6 @@ var stale = []Scenario{
 	}},
 }
 
-// settled is how long flows may take to find the right place: they are ended beside the path that programs the rules.
-const settled = 15 * time.Second
-
 // silentFlows starts UDP conversations to which nobody answers, from each place to each kind of address.
 func (l *Lab) silentFlows(from string) openFlows {
 	l.Helper()
@@ -171,6 +168,7 @@ func (o openFlows) end() {
 func (o openFlows) until(what string, try func(*openFlow) error) {
 	o.Helper()
 	var running sync.WaitGroup
+	settled := o.settled()
 	deadline := time.Now().Add(settled)
 	for _, f := range o.all {
 		running.Go(func() {
