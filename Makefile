@@ -9,7 +9,7 @@ BIN      ?= bin
 FUZZTIME ?= 30s
 BENCH    ?= .
 BENCHTIME ?= 1s
-# The folder with kube-apiserver, etcd, kube-controller-manager and kubectl. Unset: built from source once, and cached.
+# The folder with kube-apiserver, etcd, kube-controller-manager, kube-proxy and kubectl. Unset: built from source once, and cached.
 KUBERNETES = KUBEBUILDER_ASSETS=$$(hack/tools/kubernetes/build.sh)
 LINT = bin/golangci-lint
 # One set of flags for everything, so that programs, tests and the Kubernetes tools share what the compiler has done already.
@@ -63,6 +63,7 @@ fmt: ## Format the Go code.
 
 vet: ## Run go vet.
 	go vet ./...
+	go -C test/oracle vet ./...
 
 $(LINT): hack/tools/lint/go.mod hack/tools/lint/go.sum
 	@echo "building golangci-lint (once; some minutes on a cold build cache) ..."
@@ -71,12 +72,13 @@ $(LINT): hack/tools/lint/go.mod hack/tools/lint/go.sum
 lint: $(LINT) ## Run golangci-lint, which also holds the import rules of the layout.
 	$(LINT) config verify
 	$(LINT) run --allow-parallel-runners
+	cd test/oracle && $(CURDIR)/$(LINT) run --allow-parallel-runners
 
 verify: ## Fail if generated files, formatting or go.mod are not up to date.
 	hack/verify.sh
 
 ##@ Test
-.PHONY: test test-unit test-envtest test-netns test-race e2e fuzz bench
+.PHONY: test test-unit test-envtest test-netns test-race e2e parity fuzz bench
 test: setup tools test-unit test-envtest test-netns e2e ## All tests: unit, envtest, netns, e2e.
 
 test-unit: ## Tests that need nothing but Go.
@@ -95,6 +97,9 @@ test-race: export CGO_ENABLED = 1
 test-race: ## Unit and envtest tests under the race detector. Needs a C compiler.
 	hack/test.sh unit -race
 	hack/test.sh envtest -race
+
+parity: setup tools ## Judge our modes and kube-proxy by the same table, and write docs/parity.md. Needs root.
+	$(KUBERNETES) go test -count=1 -timeout=20m ./test/parity -update
 
 fuzz: ## Run every fuzz target for FUZZTIME.
 	FUZZTIME=$(FUZZTIME) hack/fuzz.sh

@@ -13,4 +13,5 @@ unformatted=$(git ls-files -z '*.go' | xargs -0 gofmt -l)
 [ -z "$unformatted" ] || { echo "verify: not formatted, run make fmt: $unformatted" >&2; exit 1; }
 
 go mod tidy -diff || { echo "verify: go.mod or go.sum is not tidy, run go mod tidy" >&2; exit 1; }
+go -C test/oracle mod tidy -diff || { echo "verify: test/oracle/go.mod or go.sum is not tidy, run go -C test/oracle mod tidy" >&2; exit 1; }
 go mod verify >/dev/null || { echo "verify: the module cache does not match go.sum" >&2; exit 1; }

@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	klog.SetLogger(logr.Discard()) // kube-proxy's code comments on every odd input
 	flag.Parse()
 	if !slices.ContainsFunc(os.Args, func(s string) bool { return strings.HasPrefix(strings.TrimLeft(s, "-"), "rapid.checks") }) {
-		flag.Set("rapid.checks", "5000") //nolint:errcheck // the flag is rapid's, and a number
+		flag.Set("rapid.checks", "5000") // the flag is rapid's, and a number
 	}
 	m.Run()
 }

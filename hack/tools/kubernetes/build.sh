@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Builds the Kubernetes programs of the embedded cluster (etcd, kube-apiserver, kube-controller-manager, kubectl;
-# kube-proxy on request) once and prints the folder that holds them. Later calls, and other checkouts at the same versions, find
-# them there: the folder's name is a hash of what goes into them.
+# Builds the Kubernetes programs of the tests and the demo (etcd, kube-apiserver, kube-controller-manager, kube-proxy, kubectl) once and
+# prints the folder that holds them. Later calls, and other checkouts at the same versions, find them there: the folder's name is a hash of
+# what goes into them.
 #
-#   build.sh [PROGRAM...]      default: etcd kube-apiserver kube-controller-manager kubectl
+#   build.sh [PROGRAM...]      default: all of them
 #
 # Environment: KUBEBUILDER_ASSETS, if set, is used as it is and nothing is built.
 #              SERVICEPROXY_TOOLS_DIR overrides where built programs are kept (default: the user's cache folder).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 programs=("$@")
-[ ${#programs[@]} -gt 0 ] || programs=(etcd kube-apiserver kube-controller-manager kubectl)
+[ ${#programs[@]} -gt 0 ] || programs=(etcd kube-apiserver kube-controller-manager kube-proxy kubectl)
 
 if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   missing=()
