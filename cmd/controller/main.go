@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"runtime/debug"
 	"time"
@@ -18,13 +19,16 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 	webhookserver "sigs.k8s.io/controller-runtime/pkg/webhook"
 
+	config "github.com/serviceproxy/serviceproxy-operator/api/config/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
+	"github.com/serviceproxy/serviceproxy-operator/cmd/internal/configuration"
 	"github.com/serviceproxy/serviceproxy-operator/controllers"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/enforcement"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/programmed"
@@ -46,81 +50,121 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	f, err := parseFlags(args)
+	p := program()
+	common, err := p.Parse(args, os.Stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	if f.version {
+	if common.Version {
 		fmt.Println(buildVersion())
 		return nil
 	}
-	// logr's V(n) is slog's level -n.
-	ctrl.SetLogger(logr.FromSlogHandler(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(-f.verbosity)})))
-	config, err := ctrl.GetConfig()
+	// The controller does not follow its file, because a restart costs it nothing: another replica leads, and nodes go on forwarding.
+	live, err := configuration.Start(p, common.File, args)
 	if err != nil {
-		return fmt.Errorf("find the cluster (--kubeconfig, KUBECONFIG or a pod's service account): %w", err)
+		return err
+	}
+	c := live.Configuration()
+	if common.Print {
+		return configuration.Print(os.Stdout, c)
+	}
+	ctrl.SetLogger(newLogger(c.Logging))
+	api, err := apiConfig(c.ClientConnection.Kubeconfig)
+	if err != nil {
+		return err
 	}
 	var certificate webhook.Certificate
-	mgr, err := newManager(config, f, &certificate)
+	handlers := live.Handlers(func(c *config.ControllerConfiguration) bool { return c.EnableProfiling })
+	mgr, err := newManager(api, c, handlers, &certificate)
 	if err != nil {
 		return err
 	}
 	if err := checkCRDs(mgr.GetRESTMapper()); err != nil {
 		return err
 	}
-	if err := controllers.SetupWithManager(mgr, controllers.Options{Namespace: f.namespace, Admission: f.servesWebhook()}); err != nil {
+	if err := controllers.SetupWithManager(mgr, controllers.Options{Namespace: c.Namespace, Admission: servesWebhook(c)}); err != nil {
 		return err
 	}
 	if err := programmed.SetupWithManager(mgr, programmed.Options{}); err != nil {
 		return fmt.Errorf("set up the reconciler of Programmed: %w", err)
 	}
-	if err := enforcement.SetupWithManager(mgr, enforcement.Options{Namespace: f.namespace}); err != nil {
+	if err := enforcement.SetupWithManager(mgr, enforcement.Options{Namespace: c.Namespace}); err != nil {
 		return err
 	}
-	if err := webhook.SetupWithManager(mgr, f.webhookOptions(&certificate)); err != nil {
+	if err := webhook.SetupWithManager(mgr, webhookOptions(c, &certificate)); err != nil {
 		return err
 	}
 	return mgr.Start(ctx)
 }
 
-func newManager(config *rest.Config, f flags, certificate *webhook.Certificate) (ctrl.Manager, error) {
+func newLogger(l config.Logging) logr.Logger {
+	options := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if l.Level == config.LogDebug {
+		options.Level = slog.LevelDebug
+	}
+	if l.Format == config.LogJSON {
+		return logr.FromSlogHandler(slog.NewJSONHandler(os.Stderr, options))
+	}
+	return logr.FromSlogHandler(slog.NewTextHandler(os.Stderr, options))
+}
+
+func apiConfig(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig != "" {
+		api, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+		if err != nil {
+			return nil, fmt.Errorf("clientConnection.kubeconfig (--kubeconfig) %q: %w", kubeconfig, err)
+		}
+		return api, nil
+	}
+	api, err := ctrl.GetConfig()
+	if err != nil {
+		return nil, fmt.Errorf("find the cluster (clientConnection.kubeconfig, --kubeconfig, KUBECONFIG or a pod's service account): %w", err)
+	}
+	return api, nil
+}
+
+// newManager makes a manager that serves handlers beside its metrics.
+func newManager(api *rest.Config, c *config.ControllerConfiguration, handlers map[string]http.Handler, certificate *webhook.Certificate) (ctrl.Manager, error) {
 	// No limit of our own: somebody's request waits for what admission asks for, and the API server's priority and fairness (config/flowcontrol) protects it better.
-	config.QPS = -1
-	config.UserAgent = "serviceproxy-controller/" + buildVersion()
+	api.QPS = -1
+	api.UserAgent = "serviceproxy-controller/" + buildVersion()
 	scheme := runtime.NewScheme()
 	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1alpha1.AddToScheme(scheme)); err != nil {
 		return nil, err
 	}
 	options := ctrl.Options{
 		Scheme:                        scheme,
-		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields(), NewInformer: controllers.NewInformer, ByObject: webhook.Cache(f.namespace)},
-		Metrics:                       metricsserver.Options{BindAddress: f.metricsAddress},
-		HealthProbeBindAddress:        f.probeAddress,
-		LeaderElection:                f.leaderElect,
+		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields(), NewInformer: controllers.NewInformer, ByObject: webhook.Cache(c.Namespace)},
+		Metrics:                       metricsserver.Options{BindAddress: c.MetricsBindAddress, ExtraHandlers: configuration.WithIndex(handlers, "/metrics")},
+		HealthProbeBindAddress:        c.HealthzBindAddress,
+		LeaderElection:                c.LeaderElection.LeaderElect,
 		LeaderElectionID:              "serviceproxy-controller",
-		LeaderElectionNamespace:       f.namespace,
+		LeaderElectionNamespace:       c.Namespace,
 		LeaderElectionReleaseOnCancel: true, // main ends right after the manager, so the next leader need not wait
 		GracefulShutdownTimeout:       new(10 * time.Second),
 	}
-	if f.servesWebhook() {
-		host, port := f.webhookHostPort()
+	if servesWebhook(c) {
+		host, port, err := hostPort(c.Webhook.BindAddress)
+		if err != nil {
+			return nil, err
+		}
 		options.WebhookServer = webhookserver.NewServer(webhookserver.Options{Host: host, Port: port, TLSOpts: []func(*tls.Config){certificate.Configure}})
 	}
-	mgr, err := ctrl.NewManager(config, options)
+	mgr, err := ctrl.NewManager(api, options)
 	if err != nil {
-		return nil, fmt.Errorf("reach the cluster at %s: %w", config.Host, err)
+		return nil, fmt.Errorf("reach the cluster at %s: %w", api.Host, err)
 	}
 	return mgr, errors.Join(mgr.AddHealthzCheck("ping", healthz.Ping), mgr.AddReadyzCheck("ping", healthz.Ping))
 }
 
-// webhookOptions say that this process serves the webhook with the certificate, unless a flag says that it serves none.
-func (f flags) webhookOptions(certificate *webhook.Certificate) webhook.Options {
-	if !f.servesWebhook() {
+// webhookOptions say that this process serves the webhook with the certificate, unless the configuration says that it serves none.
+func webhookOptions(c *config.ControllerConfiguration, certificate *webhook.Certificate) webhook.Options {
+	if !servesWebhook(c) {
 		certificate = nil
 	}
-	return webhook.Options{Namespace: f.namespace, URL: f.webhookURL, Certificate: certificate}
+	return webhook.Options{Namespace: c.Namespace, URL: c.Webhook.URL, Certificate: certificate}
 }
 
 // checkCRDs fails with what to do about it if a CRD is missing; informers would only log and wait.

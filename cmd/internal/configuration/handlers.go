@@ -3,8 +3,10 @@ package configuration
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/http/pprof"
+	"slices"
 	"strings"
 )
 
@@ -20,6 +22,18 @@ func (l *Live[C]) Handlers(profiling func(C) bool) map[string]http.Handler {
 		"/configz":      http.HandlerFunc(l.configz),
 		"/debug/pprof/": onlyIf(enabled, profiles()),
 	}
+}
+
+// WithIndex adds an answer to every path that none of the handlers has: the list of those that there are, together with other ones.
+func WithIndex(handlers map[string]http.Handler, others ...string) map[string]http.Handler {
+	there := slices.Sorted(maps.Keys(handlers))
+	there = append(there, others...)
+	slices.Sort(there)
+	all := maps.Clone(handlers)
+	all["/"] = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, fmt.Sprintf("there is no %s here, there are: %s", r.URL.Path, strings.Join(there, " ")), http.StatusNotFound)
+	})
+	return all
 }
 
 func (l *Live[C]) configz(w http.ResponseWriter, _ *http.Request) {

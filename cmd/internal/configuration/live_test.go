@@ -296,3 +296,15 @@ func TestWithoutAFile(t *testing.T) {
 		t.Error("there are metrics of a file that there is not")
 	}
 }
+
+func TestIndex(t *testing.T) {
+	mux := http.NewServeMux()
+	for path, h := range WithIndex(map[string]http.Handler{"/configz": http.NotFoundHandler()}, "/metrics", "/apple") {
+		mux.Handle(path, h)
+	}
+	w := httptest.NewRecorder()
+	mux.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/config", nil))
+	if w.Code != http.StatusNotFound || !strings.Contains(w.Body.String(), "there is no /config here, there are: /apple /configz /metrics") {
+		t.Errorf("got %d %s", w.Code, w.Body)
+	}
+}

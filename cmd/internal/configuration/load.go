@@ -47,8 +47,14 @@ func (p Program[C]) Parse(args []string, stderr io.Writer) (Common, error) {
 	return common, err
 }
 
-// parse sets what the arguments say in c, and gives the flags that did so by path of field.
-func (p Program[C]) parse(args []string, c C, stderr io.Writer) (common Common, given map[string]string, err error) {
+// fieldFlags are the flags of fields by their path, and which of them are given.
+type fieldFlags struct {
+	of    map[string]string
+	given map[string]bool
+}
+
+// parse sets what the arguments say in c.
+func (p Program[C]) parse(args []string, c C, stderr io.Writer) (common Common, found fieldFlags, err error) {
 	flags := flag.NewFlagSet(p.Name, flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&common.File, "config", "", fmt.Sprintf("file with a %s (docs/configuration.md); flags that are given win over it", p.Kind))
@@ -56,15 +62,17 @@ func (p Program[C]) parse(args []string, c C, stderr io.Writer) (common Common, 
 	flags.BoolVar(&common.Version, "version", false, "print the version and exit")
 	fields := p.Define(flags, c)
 	if err := flags.Parse(args); err != nil {
-		return common, nil, err
+		return common, found, err
 	}
 	if flags.NArg() > 0 {
-		return common, nil, fmt.Errorf("unexpected argument %q: all settings are flags", flags.Arg(0))
+		return common, found, fmt.Errorf("unexpected argument %q: all settings are flags", flags.Arg(0))
 	}
-	given = map[string]string{}
-	flags.Visit(func(f *flag.Flag) { given[fields[f.Name]] = "--" + f.Name })
-	delete(given, "")
-	return common, given, nil
+	found = fieldFlags{of: map[string]string{}, given: map[string]bool{}}
+	for name, path := range fields {
+		found.of[path] = "--" + name
+	}
+	flags.Visit(func(f *flag.Flag) { found.given[fields[f.Name]] = true })
+	return common, found, nil
 }
 
 // Load puts the configuration together. file is the content of the file that is called name; both are empty if there is none. The arguments are those that Parse took. The error
@@ -77,14 +85,14 @@ func (p Program[C]) Load(name string, file []byte, args []string) (C, error) {
 			problems = append(problems, fmt.Errorf("--config %s: %w", name, err))
 		}
 	}
-	_, given, err := p.parse(args, c, io.Discard)
+	_, flags, err := p.parse(args, c, io.Discard)
 	if err != nil {
 		return c, err
 	}
 	p.Environment(c)
 	c.SetDefaults()
 	for _, wrong := range c.Validate() {
-		problems = append(problems, p.blame(wrong, name, given))
+		problems = append(problems, flags.blame(wrong, name))
 	}
 	return c, errors.Join(problems...)
 }
@@ -100,21 +108,22 @@ func each(err error) []error {
 	return []error{err}
 }
 
-// blame names the flag or the file that a wrong value comes from.
-func (p Program[C]) blame(wrong *field.Error, file string, given map[string]string) error {
-	path, rest := wrong.Field, ""
+// blame names the flag or the file that a wrong value comes from, and if it is neither's, the flag that could set it.
+func (f fieldFlags) blame(wrong *field.Error, file string) error {
+	path, index := wrong.Field, ""
 	if i := strings.IndexByte(path, '['); i >= 0 {
-		path, rest = path[:i], path[i:]
+		path, index = path[:i], path[i:]
 	}
-	if name, ok := given[path]; ok {
-		named := *wrong
-		named.Field = name + rest
-		return &named
+	named := *wrong
+	switch name := f.of[path]; {
+	case f.given[path]:
+		named.Field = name + index
+	case file != "":
+		return fmt.Errorf("--config %s: %w", file, wrong)
+	case name != "":
+		named.Field += " (" + name + ")"
 	}
-	if file == "" {
-		return wrong
-	}
-	return fmt.Errorf("--config %s: %w", file, wrong)
+	return &named
 }
 
 // read reads the file of that name, if there is a name.
