@@ -157,7 +157,7 @@ func drawService(t *rapid.T, i int) *forwarding.Service {
 	s.SourceRanges = drawPrefixes(t, "source", "0.0.0.0/1", "10.0.0.0/8", "192.0.2.2/32", "2001:db8::/32", "fd00::/64")
 	if rapid.Bool().Draw(t, "node port") {
 		s.NodePort = uint16(30000 + rapid.IntRange(0, 2).Draw(t, "number"))
-		s.NodePortAddresses = drawPrefixes(t, "at", "0.0.0.0/0", "127.0.0.0/8", "192.0.2.1/32", "2001:db8:1::1/128")
+		s.NodePortAddresses = drawPrefixes(t, "at", "0.0.0.0/0", "127.0.0.0/8", "192.0.2.1/32", "2001:db8:1::1/128", "::1/128")
 	}
 	local := rapid.Bool().Draw(t, "local")
 	s.Internal, s.External = drawTarget(t, local), drawTarget(t, local)
@@ -193,7 +193,10 @@ func drawTarget(t *rapid.T, local bool) (target forwarding.Target) {
 }
 
 func drawGround(t *rapid.T) forwarding.Ground {
-	g := forwarding.Ground{MasqueradeAll: rapid.Bool().Draw(t, "masquerade all"), DropInvalid: rapid.Bool().Draw(t, "drop invalid")}
+	g := forwarding.Ground{
+		MasqueradeAll: rapid.Bool().Draw(t, "masquerade all"), DropInvalid: rapid.Bool().Draw(t, "drop invalid"),
+		CountTraffic: rapid.Bool().Draw(t, "count traffic"),
+	}
 	g.Pods.Sources = drawPrefixes(t, "pods", "10.244.0.0/16", "10.245.0.0/24", "fd00:244::/32")
 	for _, name := range []string{"*", "br-pods", "fifteen-letters", "veth*"} {
 		if rapid.IntRange(0, 3).Draw(t, "pods at "+name) == 0 {

@@ -1,10 +1,15 @@
 package nftables
 
 import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/backendtest"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
 
@@ -24,3 +29,39 @@ func TestConformance(t *testing.T) {
 		script("the table is taken away", "delete table ip serviceproxy; delete table ip6 serviceproxy"),
 	))
 }
+
+// TestForgetsHistory: what TestApply finds after a first Apply holds after all others. Each Apply is of several transactions.
+func TestForgetsHistory(t *testing.T) {
+	backendtest.ForgetsHistory(t, backendtest.Kernel{Snapshot: snapshot, Open: func() (backend.Backend, error) {
+		b, err := New()
+		if err == nil {
+			b.partSize = 300
+		}
+		return b, err
+	}})
+}
+
+// snapshot tells what the kernel forwards, whatever shards and slots it is in.
+func snapshot(ns *netns.NS, g forwarding.Ground) (text string, err error) {
+	err = ns.Do(func() error {
+		b, err := New()
+		if err != nil {
+			return err
+		}
+		defer b.Close()
+		content := kernelContent(panics{}, b, g)
+		var lines []string
+		for _, what := range slices.Sorted(maps.Keys(content)) {
+			lines = append(lines, fmt.Sprintf("%s: %+v", what, content[what]))
+		}
+		text = strings.Join(lines, "\n")
+		return nil
+	})
+	return text, err
+}
+
+// panics ends what rapid checks, which reports it.
+type panics struct{}
+
+func (panics) Fatal(args ...any)                 { panic(fmt.Sprint(args...)) }
+func (panics) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }

@@ -14,6 +14,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/backendtest"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
 )
@@ -126,135 +127,28 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 	return content
 }
 
-func drawTarget(t *rapid.T, local bool) forwarding.Target {
-	if rapid.Bool().Draw(t, "empty") {
-		return forwarding.Target{Elsewhere: forwarding.Families(rapid.IntRange(0, 3).Draw(t, "elsewhere"))}
-	}
-	var (
-		target forwarding.Target
-		have   forwarding.Families
-	)
-	n := rapid.SampledFrom([]int{1, 2, 3, 5, 8, 9, 20}).Draw(t, "endpoints")
-	for i := range n {
-		family := 0
-		if rapid.IntRange(0, 4).Draw(t, "family") == 0 {
-			family = 1
-		}
-		target.Endpoints = append(target.Endpoints, forwarding.Endpoint{
-			AddrPort: netip.AddrPortFrom(podAddr(family, 0, rapid.IntRange(0, 30).Draw(t, "address")), uint16(8080+i%2)), Local: local,
-		})
-	}
-	slices.SortFunc(target.Endpoints, forwarding.Endpoint.Compare)
-	target.Endpoints = slices.CompactFunc(target.Endpoints, func(a, b forwarding.Endpoint) bool { return a.AddrPort == b.AddrPort })
-	for _, e := range target.Endpoints {
-		have |= forwarding.FamilyOf(e.AddrPort.Addr())
-	}
-	target.Elsewhere = forwarding.Families(rapid.IntRange(0, 3).Draw(t, "elsewhere")) &^ have
-	return target
-}
-
-// drawGround is any ground: what it says must only change rules of its own and who is masqueraded.
-func drawGround(t *rapid.T) forwarding.Ground {
-	some := func(name string, all ...string) (list []string) {
-		for _, s := range all {
-			if rapid.IntRange(0, 2).Draw(t, name+" "+s) == 0 {
-				list = append(list, s)
-			}
-		}
-		return list
-	}
-	prefixes := func(list []string) (out []netip.Prefix) {
-		for _, s := range list {
-			out = append(out, netip.MustParsePrefix(s))
-		}
-		slices.SortFunc(out, netip.Prefix.Compare)
-		return out
-	}
-	return forwarding.Ground{
-		Pods: forwarding.PodTraffic{
-			Sources:    prefixes(some("pods", "10.244.0.0/16", "10.245.0.0/24", "fd00:244::/32")),
-			Interfaces: some("pods", "*", "br-pods", "fifteen-letters", "veth*"),
-		},
-		MasqueradeAll: rapid.Bool().Draw(t, "masquerade all"), DropInvalid: rapid.Bool().Draw(t, "drop invalid"), CountTraffic: rapid.Bool().Draw(t, "count traffic"),
-		// Some lie within others, some touch, one reaches to the end of all addresses.
-		Ranges: prefixes(some("range", "10.96.0.0/12", "10.99.0.0/24", "10.99.1.0/24", "10.99.2.128/25", "128.0.0.0/1", "fd00:99::/112", "fd00:99::1:0/112", "8000::/1")),
-	}
-}
-
-func drawState(t *rapid.T) forwarding.State {
-	s := forwarding.State{}.On(drawGround(t))
-	for i := range rapid.IntRange(0, 6).Draw(t, "services") {
-		svc := &forwarding.Service{Key: forwarding.ServiceKey{Namespace: "ns", Name: fmt.Sprint("s", i), Port: 80, Protocol: forwarding.TCP}}
-		svc.Key.Protocol = rapid.SampledFrom([]forwarding.Protocol{forwarding.TCP, forwarding.UDP, forwarding.SCTP}).Draw(t, "protocol")
-		svc.Scheduler = rapid.SampledFrom([]forwarding.Scheduler{forwarding.Random, forwarding.SourceHash}).Draw(t, "scheduler")
-		svc.Affinity = rapid.SampledFrom([]time.Duration{0, 0, time.Second, 3 * time.Hour}).Draw(t, "affinity")
-		for family := range families {
-			if rapid.Bool().Draw(t, "service IP") {
-				ip := serviceIP.addr(family)
-				for range i {
-					ip = ip.Next()
-				}
-				svc.ServiceIPs = append(svc.ServiceIPs, ip)
-			}
-			if rapid.Bool().Draw(t, "external IP") { // services collide on it
-				svc.ExternalIPs = append(svc.ExternalIPs, externalIP.addr(family))
-				if rapid.Bool().Draw(t, "of a load balancer") {
-					svc.LoadBalancerIPs = append(svc.LoadBalancerIPs, externalIP.addr(family))
-				}
-			}
-		}
-		for _, p := range []string{"0.0.0.0/1", "10.0.0.0/8", "192.0.2.2/32", "2001:db8::/32", "fd00::/64"} {
-			if rapid.IntRange(0, 3).Draw(t, "range") == 0 {
-				svc.SourceRanges = append(svc.SourceRanges, netip.MustParsePrefix(p))
-			}
-		}
-		if rapid.Bool().Draw(t, "node port") {
-			svc.NodePort = uint16(30000 + rapid.IntRange(0, 2).Draw(t, "number"))
-			for _, p := range []string{"0.0.0.0/0", "127.0.0.0/8", "192.0.2.1/32", "2001:db8:1::1/128", "::1/128"} {
-				if rapid.Bool().Draw(t, p) {
-					svc.NodePortAddresses = append(svc.NodePortAddresses, netip.MustParsePrefix(p))
-				}
-			}
-		}
-		local := rapid.Bool().Draw(t, "local")
-		svc.Internal, svc.External = drawTarget(t, local), drawTarget(t, local)
-		svc.ExternalFromHere = svc.External
-		if svc.PreserveSource = rapid.Bool().Draw(t, "preserve"); svc.PreserveSource {
-			svc.ExternalFromHere = svc.Internal
-		}
-		s = s.With(svc)
-	}
-	return s
-}
-
-// TestApply walks through random states. After each step the kernel must hold what the state says, however it got there, in
-// one transaction or in many; Verify must agree; and a new process must find nothing to change.
+// TestApply: the kernel holds what the state says, in one transaction or in many; Verify agrees; and a new process finds nothing to change.
 func TestApply(t *testing.T) {
 	ns := netns.NewT(t)
-	b := newBackend(t, ns)
-	parts := newBackend(t, ns)
+	whole, parts := newBackend(t, ns), newBackend(t, ns)
 	parts.partSize = 300
 	rapid.Check(t, func(t *rapid.T) {
-		backend := b
+		backend := whole
 		if rapid.Bool().Draw(t, "in parts") {
 			backend = parts
 		}
-		var prev *forwarding.State
-		for step := range rapid.IntRange(1, 4).Draw(t, "steps") {
-			next := drawState(t)
-			if err := backend.Apply(context.Background(), prev, next); err != nil {
-				t.Fatalf("step %d: %v", step, err)
-			}
-			prev = &next
-			if got, want := kernelContent(t, backend, next.Ground()), wantContent(next); !maps.Equal(got, want) {
-				t.Fatalf("step %d: the kernel holds\n%v\nwant\n%v", step, got, want)
-			}
-			if drifts, err := backend.Verify(context.Background(), next); err != nil || len(drifts) > 0 {
-				t.Fatalf("step %d: drifts %v, %v", step, drifts, err)
-			}
+		next := backendtest.DrawState(t)
+		if err := backend.Apply(context.Background(), nil, next); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := kernelContent(t, backend, next.Ground()), wantContent(next); !maps.Equal(got, want) {
+			t.Fatalf("the kernel holds\n%v\nwant\n%v", got, want)
+		}
+		if drifts, err := backend.Verify(context.Background(), next); err != nil || len(drifts) > 0 {
+			t.Fatalf("drifts %v, %v", drifts, err)
 		}
 		before := backend.commits
-		if err := backend.Apply(context.Background(), nil, *prev); err != nil {
+		if err := backend.Apply(context.Background(), nil, next); err != nil {
 			t.Fatal(err)
 		}
 		if backend.commits != before {
