@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,6 +26,10 @@ const (
 	toNewNodePort    = "node port of an address that came later"
 	toUnallocated    = "unallocated address of a declared range"
 	toUndeclared     = "address outside all declared ranges"
+	toOwnAddress     = "port 80 of the node's own address"
+	toSecureIP       = "second port of the service IP"
+	toSecurePort     = "second node port"
+	toOtherIP        = "other Service's load-balancer IP"
 )
 
 // destinations are the addresses and ports behind the names, of IPv4 and IPv6.
@@ -39,6 +44,10 @@ var destinations = map[string][2]netip.AddrPort{
 	toNewNodePort:    withPort(newAddrs, 30080),
 	toUnallocated:    withPort(addrs("10.99.0.99", "fd00:99::99"), 80),
 	toUndeclared:     withPort(addrs("10.98.0.99", "fd00:98::99"), 80),
+	toOwnAddress:     withPort(places["node"].addrs, 80),
+	toSecureIP:       withPort(addrs("10.99.0.1", "fd00:99::1"), 443),
+	toSecurePort:     withPort(places["node"].addrs, 30443),
+	toOtherIP:        withPort(addrs("198.51.100.9", "2001:db8:7::9"), 80),
 }
 
 var loopback = addrs("127.0.0.1", "::1")
@@ -89,31 +98,49 @@ func (l *Lab) expectAll(protocols []forwarding.Protocol, from, to, want string) 
 	if v4, v6, differ := strings.Cut(want, " | "); differ {
 		wants = [2]string{v4, v6}
 	}
-	var (
-		asking sync.WaitGroup
-		failed []string
-		mu     sync.Mutex
-	)
+	var asking failures
 	for _, name := range strings.Fields(from) {
 		for family := range 2 {
 			for _, protocol := range protocols {
 				if protocol == forwarding.SCTP && destination(to, family) == destination(toLocalhostPort, 1) && want != passed || wants[family] == unasked {
 					continue // the one thing that is not served: the kernel cannot, and there may be no sockets to do it with
 				}
-				asking.Go(func() {
+				asking.Go(func() error {
 					if err := l.expect(state, name, to, family, protocol, wants[family]); err != nil {
-						mu.Lock()
-						defer mu.Unlock()
-						failed = append(failed, fmt.Sprintf("%s from %s to the %s %s: %v", protocol, name, to, destination(to, family), err))
+						return fmt.Errorf("%s from %s to the %s %s: %w", protocol, name, to, destination(to, family), err)
 					}
+					return nil
 				})
 			}
 		}
 	}
-	asking.Wait()
-	slices.Sort(failed)
-	for _, f := range failed {
-		l.Error(f)
+	asking.report(l)
+}
+
+// failures are of what is done at a time.
+type failures struct {
+	doing sync.WaitGroup
+	mu    sync.Mutex
+	all   []string
+}
+
+func (f *failures) Go(do func() error) {
+	f.doing.Go(func() {
+		if err := do(); err != nil {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.all = append(f.all, err.Error())
+		}
+	})
+}
+
+// report waits until all is done.
+func (f *failures) report(l *Lab) {
+	l.Helper()
+	f.doing.Wait()
+	slices.Sort(f.all)
+	for _, text := range f.all {
+		l.Error(text)
 	}
 }
 
@@ -137,12 +164,7 @@ func (l *Lab) expect(state forwarding.State, from, to string, family int, protoc
 	switch want {
 	case refused, silent:
 		_, err := probe()
-		// A datagram that an output hook rejects or drops never leaves the socket, whose owner is told so.
-		unsent := from == "node" && errors.Is(err, syscall.EPERM)
-		if want == refused && !errors.Is(err, syscall.ECONNREFUSED) && !unsent || want == silent && !isTimeout(err) && !unsent {
-			return fmt.Errorf("got %w, want %s", err, want)
-		}
-		return nil
+		return met(want, from, err)
 	case passed:
 		got, err := probe()
 		if err == nil && got.server != listener {
@@ -151,6 +173,21 @@ func (l *Lab) expect(state forwarding.State, from, to string, family int, protoc
 		return err
 	}
 	return l.served(verdict, source, probe)
+}
+
+// met says whether what was tried from a place ended as wanted.
+func met(want, from string, err error) error {
+	// What an output hook rejects or drops never leaves the socket, whose owner is told so.
+	unsent := from == "node" && errors.Is(err, syscall.EPERM)
+	switch {
+	case want == passed && err == nil:
+		return nil
+	case want == refused && (errors.Is(err, syscall.ECONNREFUSED) || unsent), want == silent && (isTimeout(err) || unsent):
+		return nil
+	case err == nil:
+		return fmt.Errorf("got an answer, want %s", want)
+	}
+	return fmt.Errorf("got %w, want %s", err, want)
 }
 
 // tries is how many connections are made until every endpoint has served one: with four endpoints one is missed in fewer than one of 10^7 runs.
@@ -164,7 +201,7 @@ func (l *Lab) served(v forwarding.Verdict, source netip.Addr, probe func() (answ
 		if err != nil {
 			return err
 		}
-		at := netip.AddrPortFrom(places[got.server].addrs[familyOf(source)], serverPort)
+		at := endpointOf(got.server, familyOf(source))
 		i := slices.IndexFunc(v.Endpoints, func(e forwarding.Endpoint) bool { return e.AddrPort == at })
 		if i < 0 {
 			return fmt.Errorf("%s answered, want one of %s", got.server, names(v, familyOf(source)))
@@ -203,12 +240,25 @@ func judge(v forwarding.Verdict, family int, want string) error {
 	return nil
 }
 
-// names are the places of a verdict's endpoints, sorted, with marks.
+// endpointOf gives the address at which a server of that name serves: "a", or "a:9090" if it is not the usual port.
+func endpointOf(server string, family int) netip.AddrPort {
+	name, port, other := strings.Cut(server, ":")
+	at := netip.AddrPortFrom(places[name].addrs[family], serverPort)
+	if n, err := strconv.ParseUint(port, 10, 16); other && err == nil {
+		at = netip.AddrPortFrom(at.Addr(), uint16(n))
+	}
+	return at
+}
+
+// names are the servers of a verdict's endpoints, sorted, with marks.
 func names(v forwarding.Verdict, family int) string {
 	var out []string
 	for name, p := range places {
 		for _, e := range v.Endpoints {
 			if e.AddrPort.Addr() == p.addrs[family] {
+				if port := e.AddrPort.Port(); port != serverPort {
+					name = fmt.Sprintf("%s:%d", name, port)
+				}
 				mark := "="
 				if v.Masquerades(e) {
 					mark = "*"

@@ -35,7 +35,7 @@ func Run(t *testing.T, start Starter) {
 
 // Table is every scenario.
 func Table() []Scenario {
-	return slices.Concat(addresses, nodePorts, flows, stale, balance, affinity, churn)
+	return slices.Concat(addresses, nodePorts, grounds, packets, flows, stale, balance, affinity, churn)
 }
 
 // breaker gives the subject as a Breaker. The scenario ends here as not applicable if it is none.

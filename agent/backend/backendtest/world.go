@@ -1,6 +1,7 @@
 package backendtest
 
 import (
+	"cmp"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
@@ -23,9 +24,11 @@ type World struct {
 type Service struct {
 	v1alpha1.ServiceAssignment
 	Endpoints []Endpoint
+	// TargetPorts are where endpoints serve a port, by the port's name; 8080 for those that are not in it.
+	TargetPorts map[string]int32
 }
 
-// Endpoint is one place of the lab as an endpoint of a Service, on port 8080 of every protocol. The zero value of the conditions is a ready endpoint.
+// Endpoint is one place of the lab as an endpoint of a Service. The zero value of the conditions is a ready endpoint.
 type Endpoint struct {
 	// Place is the name of a place of the lab: a pod, or the node itself (host network).
 	Place string
@@ -33,6 +36,8 @@ type Endpoint struct {
 	NotReady, Serving, Terminating bool
 	// Zones and Nodes are its hints.
 	Zones, Nodes []string
+	// Only has the one family of which it has an address; 0 if it has one of each.
+	Only forwarding.Families
 }
 
 const (
@@ -75,9 +80,12 @@ func (s *Service) Slices() []*discoveryv1.EndpointSlice {
 			AddressType: kind,
 		}
 		for _, p := range s.Spec.Ports {
-			slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: new(p.Name), Protocol: new(p.Protocol), Port: new(int32(serverPort))})
+			slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: new(p.Name), Protocol: new(p.Protocol), Port: new(cmp.Or(s.TargetPorts[p.Name], serverPort))})
 		}
 		for _, e := range s.Endpoints {
+			if e.Only != 0 && e.Only != forwarding.IPv4<<family {
+				continue
+			}
 			slice.Endpoints = append(slice.Endpoints, e.object(family))
 		}
 		out = append(out, slice)
