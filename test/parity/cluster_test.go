@@ -108,16 +108,30 @@ func (c *cluster) apply(w backendtest.World) (restart bool, err error) {
 			delete(c.held, key)
 		}
 	}
-	for _, key := range order {
-		o, old := wanted[key], c.held[key]
-		if old != nil && equality.Semantic.DeepEqual(old, o) {
-			continue
+	// An object may want what another one lets go of only when its turn comes: then its own comes again.
+	for len(order) > 0 {
+		var again []string
+		var refused error
+		for _, key := range order {
+			o, old := wanted[key], c.held[key]
+			if old != nil && equality.Semantic.DeepEqual(old, o) {
+				continue
+			}
+			err := c.put(ctx, o, old)
+			switch {
+			case apierrors.IsInvalid(err):
+				again, refused = append(again, key), err
+				continue
+			case err != nil:
+				return false, fmt.Errorf("%s: %w", key, err)
+			}
+			restart = restart || atStart(o)
+			c.held[key] = o
 		}
-		restart = restart || atStart(o)
-		if err := c.put(ctx, o, old); err != nil {
-			return false, fmt.Errorf("%s: %w", key, err)
+		if len(again) == len(order) {
+			return false, fmt.Errorf("the API server refuses it: %w: %w", errors.ErrUnsupported, refused)
 		}
-		c.held[key] = o
+		order = again
 	}
 	return restart, nil
 }

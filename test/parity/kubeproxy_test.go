@@ -166,7 +166,7 @@ func (p *kubeProxy) mark() error {
 }
 
 // interval is how often the rules are looked at.
-const interval = 15 * time.Millisecond
+const interval = 40 * time.Millisecond
 
 // holds says whether the rules of both families lead to a marker.
 func (p *kubeProxy) holds(m marker) (bool, error) {

@@ -49,7 +49,7 @@ func serviceOf(s *backendtest.Service) (*corev1.Service, error) {
 			family = corev1.IPv6Protocol
 		}
 		if slices.Contains(spec.IPFamilies, family) || ip.Source == v1alpha1.ServiceIPSourceAdditional {
-			return nil, errors.New("a Service of Kubernetes has no second address of a family")
+			return nil, fmt.Errorf("a Service of Kubernetes has no second address of a family: %w", errors.ErrUnsupported)
 		}
 		spec.ClusterIPs, spec.IPFamilies = append(spec.ClusterIPs, ip.IP), append(spec.IPFamilies, family)
 	}
@@ -116,7 +116,7 @@ func (p *kubeProxy) configOf(w backendtest.World) (map[string]any, error) {
 	pods := w.Ground.Pods
 	switch {
 	case len(pods.Sources) > 0 && len(pods.Interfaces) > 0, len(pods.Interfaces) > 1:
-		return nil, errors.New("kube-proxy tells pods' traffic by one kind of sign only")
+		return nil, fmt.Errorf("kube-proxy tells pods' traffic by one kind of sign only: %w", errors.ErrUnsupported)
 	case len(pods.Interfaces) == 1:
 		mode, field := "BridgeInterface", "bridgeInterface"
 		name, prefix := strings.CutSuffix(pods.Interfaces[0], "*")
@@ -146,7 +146,7 @@ func nodePortAddresses(w backendtest.World) ([]string, error) {
 			return nil, err
 		}
 		if all != nil && !slices.Equal(all, list) {
-			return nil, fmt.Errorf("kube-proxy serves all node ports at the same addresses, not those of Service %d elsewhere", i)
+			return nil, fmt.Errorf("kube-proxy serves all node ports at the same addresses, not those of Service %d elsewhere: %w", i, errors.ErrUnsupported)
 		}
 		all = list
 	}

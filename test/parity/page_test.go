@@ -27,7 +27,7 @@ pods, another node with pods, and a client outside. All proxies run the same tab
 and Nodes, and it is started again where its configuration has to change. Our modes have one try at a row; kube-proxy has three, because we want to know what
 it can do and not how often it loses a race.
 
-✓ kept, ✗ not kept (the number leads to the reason), – does not apply
+✓ kept, ✗ not kept, – does not apply; the number leads to the reason
 
 ## Traffic
 
@@ -67,13 +67,14 @@ func (p page) cell(c column, row string, numbers map[*reason]int) string {
 	case backendtest.Kept:
 		return "✓"
 	case backendtest.Broken:
-		n := numbers[reasonFor(c.name, row)]
-		return fmt.Sprintf("✗ [%d](#r%d)", n, n)
+		return "✗ " + link(numbers[reasonFor(c.name, row)])
 	case backendtest.NotApplicable:
-		return "–"
+		return "– " + link(numbers[reasonFor(c.name, row)])
 	}
 	panic(fmt.Sprintf("%s has no result for %q", c.name, row))
 }
+
+func link(n int) string { return fmt.Sprintf("[%d](#r%d)", n, n) }
 
 // number numbers the reasons in the order in which the table needs them.
 func (p page) number() map[*reason]int {

@@ -6,7 +6,7 @@ const (
 	upstreamNFTables = "kube-proxy nftables"
 )
 
-// reason says why proxies break rows. Each row that a proxy breaks has one, and each says nothing but what the run shows.
+// reason says why proxies break rows, or why rows do not apply to them. Each such cell of the page has one, and no other has.
 type reason struct {
 	proxies []string
 	rows    []string
@@ -35,4 +35,20 @@ var reasons = []reason{
 		"kube-proxy looks once in a sync period, 30 s by default, whether its chains are still there, and then writes all of them anew. The row waits for 5 s."},
 	{nftablesOnly, []string{"rules that something else takes away come back, and open connections outlive it"},
 		"Nothing looks whether the rules are still there. They come back with a change that fails because of it."},
+	{bothModes, []string{"node ports at chosen CIDRs are served at the addresses in them, as they come"},
+		"kube-proxy looks which addresses the node has when it writes its rules: one that comes later is served from the next change of a Service, or the next sync period, on."},
+	{iptablesOnly, []string{"node ports at All are served at every address but loopback, also at one that comes later"},
+		"All addresses include 127.0.0.1, unless `localhostNodePorts` is off; we serve loopback where it is asked for by name. An address that comes later is served at once " +
+			"here, because no rule names it."},
+	{nftablesOnly, []string{"node ports at Localhost are reached from the node itself, at 127.0.0.1 and ::1, and by nobody else",
+		"node ports at Localhost refuse without endpoints, and follow the endpoints", "session affinity holds at localhost too"},
+		"The nftables mode does not serve node ports at loopback addresses. (v1.37 has a listener for TCP behind a feature gate that is alpha and off.)"},
+	{iptablesOnly, []string{"node ports at Localhost are reached from the node itself, at 127.0.0.1 and ::1, and by nobody else",
+		"node ports at Localhost refuse without endpoints, and follow the endpoints", "session affinity holds at localhost too"},
+		"Only 127.0.0.1 is served, not ::1: the kernel does not route that address away from the loopback interface. And packets that come to 127.0.0.1 from a neighbour " +
+			"pass the rule that should stop them, because it excepts what was translated."},
+	{bothModes, []string{"a program that listens on the node never gets what is for a service IP"},
+		"Ports of a service IP that the Service does not have are not refused where the address is one of the node's own."},
+	{bothModes, []string{"two Services share the number of a node port between protocols"},
+		"The API server gives the number of a node port to one Service, whatever the protocol."},
 }

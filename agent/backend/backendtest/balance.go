@@ -23,8 +23,9 @@ var balance = []Scenario{
 		sent := l.resent(l.space("outside"))
 		numbers := []int{5, 4, 8, 9, 4, 5, 8, 17, 4}
 		l.Program(web(at(replicasOf("b", 4)...), nil))
-		tcp := l.startLoad("tcp", crowd, toNodePort, 1, 0)
-		udp := l.startLoad("udp", crowd, toServiceIP, 0, 0)
+		// So many that a proxy still finds time to change its rules.
+		tcp := l.startLoad("tcp", crowd, toNodePort, 1, 1000)
+		udp := l.startLoad("udp", crowd, toServiceIP, 0, 1000)
 		// These are endpoints all the time: whatever the others do, they get the same.
 		steady := replicasOf("b", 4)
 		for i := 0; !tcp.reached(steady, evenly) || !udp.reached(steady, evenly) || i < len(numbers); i++ {
@@ -107,7 +108,7 @@ func (l *Lab) removeUnderLoad(edit func(*spec)) {
 	with := func(names []string) { l.Program(web(at(names...), edit).named("web-shrinking")) }
 	all := replicasOf("b", most)
 	with(all)
-	loads := []*load{l.startLoad("tcp", crowd, toServiceIP, 0, 0), l.startLoad("udp", crowd, toNodePort, 1, 0)}
+	loads := []*load{l.startLoad("tcp", crowd, toServiceIP, 0, 400), l.startLoad("udp", crowd, toNodePort, 1, 400)}
 	enough := 3 * len(crowd) // each client a few times
 	before := make([]map[string]string, len(loads))
 	for removed := 0; removed < most; removed++ {

@@ -24,7 +24,7 @@ const (
 type Result struct {
 	Row     string
 	Outcome Outcome
-	// Log is what the row said, in the last of its tries.
+	// Log is what the row said, in all of its tries.
 	Log   string
 	Tries int
 	Took  time.Duration
@@ -55,7 +55,9 @@ func Judge(t testing.TB, start Starter, lenience func(row string) Lenience, each
 		}
 		for r.Outcome == Broken && r.Tries < tries {
 			r.Tries++
-			r.Outcome, r.Log = attempt(t, lab, s, how == Doomed)
+			var log string
+			r.Outcome, log = attempt(t, lab, s, how == Doomed)
+			r.Log += log
 		}
 		r.Took = time.Since(began)
 		each(r)

@@ -1,6 +1,7 @@
 package backendtest
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -178,7 +179,11 @@ func (l *Lab) ProgramOn(ground forwarding.Ground, services ...*Service) {
 func (l *Lab) ProgramWorld(w World) {
 	l.Helper()
 	*l.world = w
-	if err := l.subject.Program(*l.world); err != nil {
+	err := l.subject.Program(*l.world)
+	if errors.Is(err, errors.ErrUnsupported) {
+		l.Skipf("not applicable: %v", err)
+	}
+	if err != nil {
 		l.Fatal(err)
 	}
 }

@@ -19,7 +19,7 @@ import (
 
 // Subject is what is judged: something that forwards Services on a node.
 type Subject interface {
-	// Program makes the node forward the world, and returns when it does.
+	// Program makes the node forward the world, and returns when it does. A world that the subject cannot be told of is errors.ErrUnsupported.
 	Program(World) error
 	// Restart ends the subject as a crash would, and starts another that finds what the first one left.
 	Restart() error
