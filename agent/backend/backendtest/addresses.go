@@ -1,8 +1,11 @@
 package backendtest
 
 import (
+	"net/netip"
+
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 )
 
@@ -77,12 +80,80 @@ var addresses = []Scenario{
 		l.Expect("c node", toServiceIP, silent)
 		l.Expect("outside", toNodePort, "r*")
 	}},
+	{"each family follows a Local policy by its own endpoints", func(l *Lab) {
+		apart := []Endpoint{{Place: "a", Only: forwarding.IPv4}, {Place: "r", Only: forwarding.IPv6}}
+		l.Program(web(apart, externalLocal))
+		for _, to := range []string{toExternalIP, toLoadBalancerIP, toNodePort} {
+			l.Expect("outside", to, "a= | silent")
+			l.Expect("c", to, "a= | r=")
+			l.Expect("node", to, "a* | r*")
+		}
+		l.Program(web(apart, internalLocal))
+		l.Expect("c node", toServiceIP, "a | silent")
+		l.Program(web(apart[:1], externalLocal))
+		l.Expect("c node outside", toServiceIP, "a | refused")
+		l.Expect("c node outside", toNodePort, "a | refused")
+	}},
 	{"source ranges guard load-balancer IPs and nothing else", func(l *Lab) {
 		l.Program(web(at("a", "r"), func(s *spec) { s.LoadBalancerSourceRanges = []string{"10.244.2.0/24", "fd00:244:2::/64"} }))
 		l.Expect("q", toLoadBalancerIP, "a* r*")
 		l.Expect("c outside", toLoadBalancerIP, silent)
 		l.Expect("outside", toExternalIP, "a* r*")
 		l.Expect("outside", toNodePort, "a* r*")
+	}},
+	{"source ranges allow each family by itself, and everything by a range of everything", func(l *Lab) {
+		ranges := func(list ...string) func(*spec) { return func(s *spec) { s.LoadBalancerSourceRanges = list } }
+		l.Program(web(at("a"), ranges("10.244.2.0/24")))
+		l.Expect("q", toLoadBalancerIP, "a*")
+		l.Expect("c outside", toLoadBalancerIP, "silent | a*")
+		l.Program(web(at("a"), ranges("192.0.2.2/32", "2001:db8:1::2/128")))
+		l.Expect("outside", toLoadBalancerIP, "a*")
+		l.Expect("c node q", toLoadBalancerIP, silent)
+		l.Program(web(at("a"), ranges("192.0.2.2/32", "0.0.0.0/0", "2001:db8:1::2/128", "::/0")))
+		l.Expect("c q outside", toLoadBalancerIP, "a*")
+	}},
+	{"source ranges that hold the node's own address let the node in, also by the load-balancer IP itself", func(l *Lab) {
+		l.Program(web(at("a"), func(s *spec) { s.LoadBalancerSourceRanges = []string{"192.0.2.1/32", "2001:db8:1::1/128"} }))
+		l.Expect("node", toLoadBalancerIP, "a*")
+		l.Expect("c q outside", toLoadBalancerIP, silent)
+		vips := [2]netip.Addr{destination(toLoadBalancerIP, 0).Addr(), destination(toLoadBalancerIP, 1).Addr()}
+		l.addAddress("lo", vips) // some load balancers want it there; the node then takes it for its own end of the connection
+		for family, vip := range vips {
+			for _, network := range networks {
+				if got, err := ask(l.node, network, vip, destination(toLoadBalancerIP, family), patience); err != nil || got.server != "a" {
+					l.Errorf("%s from the node by %s: %q, %v", network, vip, got.server, err)
+				}
+			}
+		}
+	}},
+	{"Services that share source ranges are guarded each by itself", func(l *Lab) {
+		ranges := func(s *spec) { s.LoadBalancerSourceRanges = []string{"10.244.2.0/24", "fd00:244:2::/64"} }
+		second := another(1, at("b"))
+		second.Spec.LoadBalancerIPs = []string{"198.51.100.9", "2001:db8:7::9"}
+		ranges(&second.Spec)
+		l.Program(web(at("a"), ranges), second)
+		l.Expect("q", toOtherIP, "b*")
+		l.Expect("outside", toOtherIP, silent)
+		l.Program(web(at("a"), nil), second)
+		l.Expect("outside", toLoadBalancerIP, "a*")
+		l.Expect("outside", toOtherIP, silent)
+		l.Program(second)
+		l.Expect("q", toOtherIP, "b*")
+		l.Expect("outside", toOtherIP, silent)
+	}},
+	{"source ranges hold together with external traffic policy Local", func(l *Lab) {
+		guarded := func(s *spec) {
+			externalLocal(s)
+			s.LoadBalancerSourceRanges = []string{"192.0.2.2/32", "2001:db8:1::2/128"}
+		}
+		l.Program(web(at("a", "r"), guarded))
+		l.Expect("outside", toLoadBalancerIP, "a=")
+		l.Expect("c node q", toLoadBalancerIP, silent)
+		l.Expect("c", toExternalIP, "a= r=")
+		l.Program(web(at("r"), guarded))
+		l.Expect("outside", toLoadBalancerIP, silent)
+		l.Program(web(nil, guarded))
+		l.Expect("outside", toLoadBalancerIP, refused)
 	}},
 	{"endpoints that terminate serve when no other is ready", func(l *Lab) {
 		leaving := func(place string) Endpoint {
@@ -94,6 +165,45 @@ var addresses = []Scenario{
 		l.Expect("c outside", toServiceIP, "a r")
 		l.Program(web([]Endpoint{leaving("a"), {Place: "r"}}, externalLocal))
 		l.Expect("outside", toNodePort, "a=")
+	}},
+	{"an endpoint that is said to be ready is used, whatever else is said of it (publishNotReadyAddresses)", func(l *Lab) {
+		// The control plane keeps the promise by calling every endpoint of such a Service ready.
+		l.Program(web([]Endpoint{{Place: "a", Terminating: true}, {Place: "b"}, {Place: "r", NotReady: true}}, nil))
+		l.Expect("c outside", toServiceIP, "a b")
+	}},
+	{"every port of a Service leads to its own target port", func(l *Lab) {
+		for _, place := range []string{"a", "r"} {
+			for _, a := range places[place].addrs {
+				l.answer(l.spaces[place], place+":9443", netip.AddrPortFrom(a, 9443))
+			}
+		}
+		s := web(at("a", "r"), func(s *spec) {
+			for _, p := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP} {
+				s.Ports = append(s.Ports, v1alpha1.AssignmentPort{Name: "secure-" + string(p), Protocol: p, Port: 443, NodePort: 30443})
+			}
+		})
+		s.TargetPorts = map[string]int32{"secure-TCP": 9443, "secure-UDP": 9443, "secure-SCTP": 9443}
+		l.Program(s)
+		l.Expect("c node outside", toServiceIP, "a r")
+		l.Expect("c node outside", toSecureIP, "a:9443 r:9443")
+		l.Expect("c node outside", toNodePort, "a r")
+		l.Expect("c node outside", toSecurePort, "a:9443 r:9443")
+		s.TargetPorts["secure-UDP"] = serverPort
+		l.Program(s)
+		l.ExpectOf(forwarding.TCP, "c", toSecureIP, "a:9443 r:9443")
+		l.ExpectOf(forwarding.UDP, "c", toSecureIP, "a r")
+	}},
+	{"an external IP that is the node's own address takes its ports and no others", func(l *Lab) {
+		l.listen(30080, places["node"].addrs)
+		l.Program(web(at("a", "r"), func(s *spec) {
+			s.ExternalIPs = []string{places["node"].addrs[0].String(), places["node"].addrs[1].String()}
+			for i := range s.Ports {
+				s.Ports[i].NodePort = 0
+			}
+		}))
+		l.Expect(everybody, toOwnAddress, "a r")
+		l.Expect(everybody, toNodePort, passed)
+		l.Ping(everybody, toNodePort, passed)
 	}},
 	{"hints for the node, then for its zone, choose endpoints if every endpoint has them", func(l *Lab) {
 		hinted := func(zones, nodes []string, place string) Endpoint {
