@@ -56,6 +56,8 @@ type nodeEntry struct {
 	ready    bool
 	prefixes []netip.Prefix // its pod CIDRs and its own addresses
 	modes    []v1alpha1.NodeProxyMode
+	// kubeProxy tells whether kube-proxy's rules are there, empty while that is not known.
+	kubeProxy v1alpha1.KubeProxyPresence
 	// localPorts are what its kernel gives to outgoing connections.
 	localPorts []v1alpha1.NodePortRange
 	exists     bool
@@ -66,10 +68,16 @@ type assignmentEntry struct {
 	policy                          string
 	generation                      int64
 	assigned, programmed, exhausted bool
+	handingBack                     bool
+	label                           label // of its Service
 }
 
 // tally counts the assignments of a policy.
-type tally struct{ covered, assigned, programmed, waiting int32 }
+type tally struct {
+	covered, assigned, programmed, waiting int32
+	// released are those that kube-proxy ignores, takenOver those of them that we labelled; handingBack those that kube-proxy gets.
+	released, takenOver, handingBack int32
+}
 
 // pending marks a lock that this process is taking: granted, its claim not yet seen by the informer.
 type pending struct{ since time.Time }
@@ -98,6 +106,11 @@ type ledger struct {
 	woken       map[types.NamespacedName][]need              // what Services were taken off waiting lists for, until they ask again or need nothing
 	reserved    map[types.NamespacedName]map[netip.Addr]bool // what IPAddresses of ours keep for a Service
 
+	labels    map[types.NamespacedName]label // of Services, those without left out
+	kubeProxy hosts
+	shared    map[string]sharing // with kube-proxy, by policy
+	told      map[string]sharing // what of that the policies' Services were reconciled for
+
 	resolved  []*allocator.Policy
 	conflicts []allocator.Conflict
 	stale     bool      // resolved is older than its inputs
@@ -125,6 +138,9 @@ func newLedger(options Options) *ledger {
 		unsettled:   unsettled{by: map[types.NamespacedName]owing{}, counts: map[string]int{}},
 		woken:       map[types.NamespacedName][]need{},
 		reserved:    map[types.NamespacedName]map[netip.Addr]bool{},
+		labels:      map[types.NamespacedName]label{},
+		shared:      map[string]sharing{},
+		told:        map[string]sharing{},
 	}
 }
 
@@ -287,6 +303,7 @@ func (l *ledger) refresh(now time.Time) {
 	// A policy that is not accepted because of a clash keeps its rights against younger ones: nodes come and go, and a range that changed hands with them would in the
 	// end have been given out by two policies.
 	l.resolved, l.conflicts = allocator.Resolve(parsed)
+	l.share(l.resolved)
 	l.space.Configure(l.resolved, server)
 	for _, p := range l.resolved {
 		if usableRanges(p) > before[p.Name] {
@@ -674,6 +691,15 @@ func (l *ledger) inUse(policy string, prefix netip.Prefix, except []netip.Prefix
 
 func serviceKey(h allocator.Holder) types.NamespacedName {
 	return types.NamespacedName{Namespace: h.Namespace, Name: h.Name}
+}
+
+// reconcile has a Service looked at.
+func (l *ledger) reconcile(key types.NamespacedName) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.serviceQueue != nil {
+		l.serviceQueue.Add(reconcile.Request{NamespacedName: key})
+	}
 }
 
 // isOurs says whether an object carries our label. What does not is never changed or deleted.

@@ -150,11 +150,11 @@ func (l *ledger) onNode(before, after *corev1.Node) {
 	defer l.mu.Unlock()
 	if after == nil {
 		n := l.nodes[before.Name]
-		l.setNode(before.Name, nodeEntry{modes: n.modes, localPorts: n.localPorts})
+		l.setNode(before.Name, nodeEntry{modes: n.modes, localPorts: n.localPorts, kubeProxy: n.kubeProxy})
 		return
 	}
 	was := l.nodes[after.Name]
-	n := nodeEntry{labels: after.Labels, exists: true, modes: was.modes, localPorts: was.localPorts}
+	n := nodeEntry{labels: after.Labels, exists: true, modes: was.modes, localPorts: was.localPorts, kubeProxy: was.kubeProxy}
 	for _, c := range after.Status.Conditions {
 		n.ready = n.ready || c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 	}
@@ -176,19 +176,21 @@ func (l *ledger) onNodeProxyState(before, after *v1alpha1.NodeProxyState) {
 	defer l.mu.Unlock()
 	if after == nil {
 		n := l.nodes[before.Name]
-		n.modes, n.localPorts = nil, nil
+		n.modes, n.localPorts, n.kubeProxy = nil, nil, ""
 		l.setNode(before.Name, n)
 		return
 	}
 	n := l.nodes[after.Name]
-	n.modes, n.localPorts = after.Status.Modes, after.Status.LocalPorts
+	n.modes, n.localPorts, n.kubeProxy = after.Status.Modes, after.Status.LocalPorts, after.Status.KubeProxy
 	l.setNode(after.Name, n)
 }
 
 // setNode replaces an entry. Heartbeats, which change nothing of it, cost nothing more.
 func (l *ledger) setNode(name string, n nodeEntry) {
 	was := l.nodes[name]
-	if !n.exists && n.modes == nil && n.localPorts == nil {
+	// How policies share the cluster with kube-proxy depends on all of these.
+	l.stale = l.stale || was.exists != n.exists || was.ready != n.ready || was.kubeProxy != n.kubeProxy || !maps.Equal(was.labels, n.labels)
+	if !n.exists && n.modes == nil && n.localPorts == nil && n.kubeProxy == "" {
 		delete(l.nodes, name)
 	} else {
 		l.nodes[name] = n
@@ -197,7 +199,7 @@ func (l *ledger) setNode(name string, n nodeEntry) {
 		for _, e := range l.policies {
 			l.stale = e.noteClash(name, n) || l.stale
 		}
-	} else if was.exists == n.exists && was.ready == n.ready && maps.Equal(was.labels, n.labels) &&
+	} else if was.exists == n.exists && was.ready == n.ready && was.kubeProxy == n.kubeProxy && maps.Equal(was.labels, n.labels) &&
 		slices.EqualFunc(was.modes, n.modes, sameAbility) && slices.Equal(was.localPorts, n.localPorts) {
 		return
 	}
@@ -329,6 +331,7 @@ func (l *ledger) onService(before, after *corev1.Service) {
 			l.unsettled.set(key, owing{})
 		}
 	}
+	l.noteLabel(key, labelOf(after))
 	for _, lock := range was {
 		if !slices.Contains(now, lock) {
 			l.setUser(lock, key, false)
@@ -372,6 +375,9 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 	key := client.ObjectKeyFromObject(named)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if exists {
+		now.label = l.labels[key]
+	}
 	was, known := l.assignments[key]
 	if exists == known && was == now {
 		return
@@ -391,7 +397,7 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 
 func assignmentEntryOf(a *v1alpha1.ServiceAssignment) assignmentEntry {
 	e := assignmentEntry{policy: a.Spec.PolicyName, generation: a.Generation, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated),
-		programmed: onEveryNode(a)}
+		programmed: onEveryNode(a), handingBack: isHandingBack(a)}
 	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated); c != nil {
 		e.exhausted = c.Status == "False" && c.Reason == reasonExhausted
 	}
@@ -413,5 +419,14 @@ func (l *ledger) count(e assignmentEntry, by int32) {
 	}
 	if e.exhausted {
 		t.waiting += by
+	}
+	if e.handingBack {
+		t.handingBack += by
+	}
+	if e.label != unlabelled {
+		t.released += by
+	}
+	if e.label == labelledByUs {
+		t.takenOver += by
 	}
 }

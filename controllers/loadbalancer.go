@@ -455,12 +455,12 @@ func onEveryNode(a *v1alpha1.ServiceAssignment) bool {
 		(c.Status == metav1.ConditionTrue || c.Reason == v1alpha1.ReasonNoReadyEndpoints && a.Status.Nodes.Programmed >= a.Status.Nodes.Desired)
 }
 
-// newlyOnEveryNode picks the one change of an assignment's status that matters to its Service: the VIPs can be shown now.
+// newlyOnEveryNode picks the one change of an assignment's status that matters to its Service: the VIPs can be shown now, and kube-proxy can let go.
 func (r *serviceReconciler) newlyOnEveryNode(e event.UpdateEvent) bool {
 	before, after := e.ObjectOld.(*v1alpha1.ServiceAssignment), e.ObjectNew.(*v1alpha1.ServiceAssignment)
-	return onEveryNode(after) && !onEveryNode(before) && slices.ContainsFunc(after.Spec.LoadBalancerIPs, func(s string) bool {
+	return onEveryNode(after) && !onEveryNode(before) && (r.ledger.sharing(after.Spec.PolicyName).takes || slices.ContainsFunc(after.Spec.LoadBalancerIPs, func(s string) bool {
 		a, err := netip.ParseAddr(s)
 		hold, held := r.ledger.held(allocator.AddrLock(a))
 		return err == nil && held && hold.Use == v1alpha1.ClaimUseLoadBalancerIP
-	})
+	}))
 }

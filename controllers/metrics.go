@@ -23,7 +23,7 @@ var (
 	nodePortCapacity = prometheus.NewDesc("serviceproxy_node_port_capacity",
 		"Number of node ports of a policy's range that can be given out at all, in use or not.", []string{"policy"}, nil)
 	policyServices = prometheus.NewDesc("serviceproxy_services",
-		"Number of Services that a policy covers (covered), and of these, those that have all they are owed (assigned), that wait for an address (waiting) and that every selected node forwards (programmed).",
+		"Number of Services that a policy covers (covered), and of these, those that have all they are owed (assigned), that wait for an address (waiting), that every selected node forwards (programmed), that were taken over from kube-proxy (taken-over) and that are being handed back to it (handing-back).",
 		[]string{"policy", "state"}, nil)
 	policyConflicts = prometheus.NewDesc("serviceproxy_policy_conflicts",
 		"Number of overlaps of a policy's ranges with those of older policies, which have what both declare.", []string{"policy"}, nil)
@@ -101,6 +101,8 @@ func (l *ledger) measure(now time.Time) (out []prometheus.Metric) {
 		gauge(policyServices, int64(t.assigned), name, "assigned")
 		gauge(policyServices, int64(t.waiting), name, "waiting")
 		gauge(policyServices, int64(t.programmed), name, "programmed")
+		gauge(policyServices, int64(t.takenOver), name, "taken-over")
+		gauge(policyServices, int64(t.handingBack), name, "handing-back")
 	}
 	return out
 }

@@ -62,11 +62,15 @@ serviceproxy_range_capacity{cidr="10.1.0.0/29",policy="b",use="ClusterIP"} 0
 serviceproxy_range_capacity{cidr="10.2.0.0/29",policy="a",use="LoadBalancer"} 6
 serviceproxy_services{policy="a",state="assigned"} 1
 serviceproxy_services{policy="a",state="covered"} 1
+serviceproxy_services{policy="a",state="handing-back"} 0
 serviceproxy_services{policy="a",state="programmed"} 0
+serviceproxy_services{policy="a",state="taken-over"} 0
 serviceproxy_services{policy="a",state="waiting"} 0
 serviceproxy_services{policy="b",state="assigned"} 0
 serviceproxy_services{policy="b",state="covered"} 0
+serviceproxy_services{policy="b",state="handing-back"} 0
 serviceproxy_services{policy="b",state="programmed"} 0
+serviceproxy_services{policy="b",state="taken-over"} 0
 serviceproxy_services{policy="b",state="waiting"} 0
 `))
 }

@@ -10,10 +10,13 @@ import (
 	"strconv"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -26,10 +29,11 @@ import (
 
 // policyReconciler registers ranges with the API server, holds policies that are in use, and keeps their status true.
 type policyReconciler struct {
-	client  client.Client
-	live    client.Reader
-	ledger  *ledger
-	options Options
+	client   client.Client
+	live     client.Reader
+	ledger   *ledger
+	recorder events.EventRecorder
+	options  Options
 }
 
 // +kubebuilder:rbac:groups=networking.serviceproxy.io,resources=serviceproxypolicies,verbs=get;list;watch;patch
@@ -55,6 +59,7 @@ func (r *policyReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctr
 	if !ok { // the ledger has not seen this version yet and will call again when it has
 		return ctrl.Result{RequeueAfter: r.options.StatusInterval}, nil
 	}
+	r.ledger.announce(policy.Name)
 	if !policy.DeletionTimestamp.IsZero() {
 		waits, err := r.finalize(ctx, policy, view)
 		if err != nil || !waits {
@@ -96,7 +101,29 @@ func (r *policyReconciler) writeStatus(ctx context.Context, policy *v1alpha1.Ser
 	if err := client.IgnoreNotFound(r.client.Status().Update(ctx, updated)); err != nil {
 		return fmt.Errorf("write status: %w", err)
 	}
+	r.tellTakeOver(policy, status)
 	return nil
+}
+
+// tellTakeOver makes an event of a take-over, or of its return, that begins or ends. A Service that comes later begins none.
+func (r *policyReconciler) tellTakeOver(policy *v1alpha1.ServiceProxyPolicy, status v1alpha1.ServiceProxyPolicyStatus) {
+	was := ""
+	if c := apimeta.FindStatusCondition(policy.Status.Conditions, v1alpha1.PolicyTakenOver); c != nil {
+		was = c.Reason
+	}
+	c := apimeta.FindStatusCondition(status.Conditions, v1alpha1.PolicyTakenOver)
+	if c == nil || c.Reason == was {
+		return
+	}
+	first := policy.Status.Services.TakenOver == 0
+	switch now := c.Reason; {
+	case now == reasonHandingBack, now == reasonTakingOver && first, now == reasonTakenOver && (was == reasonTakingOver || was == reasonNotEverywhere && first):
+		r.recorder.Eventf(policy, nil, corev1.EventTypeNormal, now, "TakeOver", "%s", note(c.Message))
+	case was == reasonHandingBack:
+		r.recorder.Eventf(policy, nil, corev1.EventTypeNormal, reasonHandedBack, "TakeOver", "%s", note("the Services that left are kube-proxy's; "+c.Message))
+	case now == reasonNodesNotSelected, now == reasonKubeProxyMissing:
+		r.recorder.Eventf(policy, nil, corev1.EventTypeWarning, now, "TakeOver", "%s", note(c.Message))
+	}
 }
 
 // drainedRange is a range that the policy declared once and that cannot be given up yet.

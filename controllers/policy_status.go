@@ -15,7 +15,8 @@ import (
 // policyStatus says what is true of a policy. It is pure but for the transition times of conditions that change.
 func policyStatus(policy *v1alpha1.ServiceProxyPolicy, v policyView, drained []drainedRange) v1alpha1.ServiceProxyPolicyStatus {
 	out := v1alpha1.ServiceProxyPolicyStatus{ObservedGeneration: policy.Generation, Conditions: slices.Clone(policy.Status.Conditions), Nodes: v.nodes}
-	out.Services = v1alpha1.PolicyServicesStatus{Covered: v.tally.covered, Assigned: v.tally.assigned, Programmed: v.tally.programmed, Waiting: v.tally.waiting}
+	out.Services = v1alpha1.PolicyServicesStatus{Covered: v.tally.covered, Assigned: v.tally.assigned, Programmed: v.tally.programmed, Waiting: v.tally.waiting,
+		TakenOver: v.tally.takenOver, HandingBack: v.tally.handingBack}
 	for _, family := range []v1alpha1.IPFamily{v1alpha1.IPv4, v1alpha1.IPv6} {
 		if c, ok := v.families[family]; ok {
 			out.Families = append(out.Families, v1alpha1.FamilyStatus{Family: family, AddressCounts: addressCounts(c)})
@@ -77,8 +78,18 @@ const (
 	reasonNoServices    = "NoServices"
 	reasonReady         = "Ready"
 	reasonDeletionWaits = "DeletionWaits"
-	reasonExclusive     = "Exclusive"
-	reasonLocalPorts    = "OverlapsLocalPorts"
+
+	reasonTakenOver        = "TakenOver"
+	reasonTakingOver       = "TakingOver"
+	reasonNoKubeProxy      = "NoKubeProxy"
+	reasonCoexist          = "Coexist"
+	reasonNotEverywhere    = "WaitingForProgrammed"
+	reasonNodesNotSelected = "NodesNotSelected"
+	reasonHandingBack      = "HandingBack"
+	reasonHandedBack       = "HandedBack"
+	reasonKubeProxyMissing = "KubeProxyMissing"
+	reasonExclusive        = "Exclusive"
+	reasonLocalPorts       = "OverlapsLocalPorts"
 )
 
 // conditions states each condition; Ready is the first of the others that is not as it should be. That nothing is left for a Service to come is not amiss as long as
@@ -92,7 +103,8 @@ func (v policyView) conditions() []metav1.Condition {
 			break
 		}
 	}
-	return append(all, ready)
+	// A Service that both forward works, so that is not part of Ready.
+	return append(all, v.takenOver(), ready)
 }
 
 func condition(kind string, status bool, reason, message string) metav1.Condition {
@@ -232,12 +244,58 @@ func (v policyView) nodePortsExclusive() metav1.Condition {
 	return condition(v1alpha1.PolicyNodePortsExclusive, true, reasonExclusive, "no selected node is known to give ports of nodePortRange to outgoing connections")
 }
 
+// takenOver says whether kube-proxy leaves all covered Services alone, and if not, why.
+func (v policyView) takenOver() metav1.Condition {
+	not := func(reason, message string, args ...any) metav1.Condition {
+		return condition(v1alpha1.PolicyTakenOver, false, reason, fmt.Sprintf(message, args...))
+	}
+	t := v.tally
+	covered := t.covered - t.handingBack
+	both := max(covered-t.released, 0) // forwarded by kube-proxy as well
+	early := min(both, max(t.covered-t.programmed, 0))
+	unkept := t.takenOver
+	if v.shared.keeps {
+		unkept = 0
+	}
+	switch {
+	case v.resolved == nil:
+		return not(reasonNotAccepted, "nothing changes until the policy is accepted")
+	case t.handingBack > 0, unkept > 0:
+		return not(reasonHandingBack, "%d Services are kube-proxy's again and stay forwarded until it has had %s to forward them; %d are yet to be handed back", t.handingBack, v.grace, unkept)
+	case v.terminating && t.takenOver > 0:
+		return not(reasonKubeProxyMissing, "the %d Services that were taken over stay, because nodes without kube-proxy would forward them no more: %s; start kube-proxy there, or narrow the policy's selectors",
+			t.takenOver, some(v.kubeProxy.without))
+	case !v.resolved.TakesOver():
+		return not(reasonCoexist, "kubeProxy: Coexist covers only Services that users labelled %s=%s, which kube-proxy ignores", v1alpha1.LabelServiceProxyName, v1alpha1.ServiceProxyName)
+	case !v.kubeProxy.some:
+		return condition(v1alpha1.PolicyTakenOver, true, reasonNoKubeProxy, "no node has rules of kube-proxy, so there is nobody to take Services over from")
+	case len(v.leftOut) > 0:
+		return not(reasonNodesNotSelected, "kube-proxy goes on with the covered Services, because nodeSelector leaves nodes to it: %s; select all nodes, or set kubeProxy: Coexist and label Services", some(v.leftOut))
+	case both > early:
+		return not(reasonTakingOver, "kube-proxy leaves %d of %d covered Services to us", t.released, covered)
+	case both > 0:
+		return not(reasonNotEverywhere, "kube-proxy leaves %d of %d covered Services to us; the others are not forwarded by every Ready node yet: kubectl get svca -A tells which", t.released, covered)
+	}
+	return condition(v1alpha1.PolicyTakenOver, true, reasonTakenOver, fmt.Sprintf("kube-proxy leaves all %d covered Services to us", covered))
+}
+
+// some names the first few, and how many more there are.
+func some(names []string) string {
+	if more := len(names) - maxNamed; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:maxNamed], ", "), more)
+	}
+	return strings.Join(names, ", ")
+}
+
 // kubernetesService is the API server's own Service.
 const kubernetesService = "default/kubernetes"
 
 // setDeleting says in Ready what a deletion waits for, and what lets it end.
 func setDeleting(status *v1alpha1.ServiceProxyPolicyStatus, policy *v1alpha1.ServiceProxyPolicy, claims, foreign int, v policyView) {
-	services, others := "", ""
+	services, others, back := "", "", ""
+	if n := v.tally.handingBack; n > 0 {
+		back = fmt.Sprintf(", %d of them on their way back to kube-proxy, which takes %s", n, v.grace)
+	}
 	if len(v.covers) > 0 {
 		services = " (" + strings.Join(v.covers, ", ") + ")"
 	}
@@ -249,8 +307,8 @@ func setDeleting(status *v1alpha1.ServiceProxyPolicyStatus, policy *v1alpha1.Ser
 		end += ", which is the only way for " + kubernetesService + ": the API server makes it again"
 	}
 	c := condition(v1alpha1.PolicyReady, false, reasonDeletionWaits, fmt.Sprintf(
-		"deletion waits: %d claims on addresses and node ports are left, %d covered Services%s, %d cluster IPs of other Services in its ranges%s; %s",
-		claims, v.tally.covered, services, foreign, others, end))
+		"deletion waits: %d claims on addresses and node ports are left, %d covered Services%s%s, %d cluster IPs of other Services in its ranges%s; %s",
+		claims, v.tally.covered, services, back, foreign, others, end))
 	c.ObservedGeneration = policy.Generation
 	apimeta.SetStatusCondition(&status.Conditions, c)
 }

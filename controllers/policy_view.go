@@ -34,6 +34,10 @@ type policyView struct {
 	unsupported []string  // the first few nodes that cannot do the mode, and what they can do
 	localPorts  []string  // the selected nodes that give ports of nodePortRange to outgoing connections, and which
 	nextReady   time.Time // when a range's grace ends
+	shared      sharing
+	kubeProxy   hosts
+	leftOut     []string // nodes that the policy does not select
+	grace       time.Duration
 }
 
 // maxNamed bounds how many nodes or conflicts a message names.
@@ -91,6 +95,7 @@ func (l *ledger) view(policy *v1alpha1.ServiceProxyPolicy, now time.Time) (polic
 		}
 		v.ports = l.space.PortCounts(policy.Name)
 		v.countNodes(l.nodes, policy.Spec.ProxyMode)
+		v.shared, v.kubeProxy, v.leftOut, v.grace = l.shared[policy.Name], l.kubeProxy, l.leftOut(v.resolved), l.options.HandBackGrace
 	}
 	return v, true
 }

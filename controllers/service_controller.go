@@ -49,6 +49,7 @@ type serviceReconciler struct {
 	ledger   *ledger
 	warner   *warner
 	recorder events.EventRecorder
+	pace     *pace
 	options  Options
 }
 
@@ -96,6 +97,7 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if found, err := get(ctx, r.client, req.NamespacedName, &svc); err != nil {
 		return ctrl.Result{}, err
 	} else if !found {
+		r.pace.forget(req.NamespacedName)
 		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, nil)
 	}
 	var assignment *v1alpha1.ServiceAssignment
@@ -113,11 +115,17 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		return ctrl.Result{}, err
 	}
 	r.warner.warn(svc, policy)
+	name := ""
+	if policy != nil {
+		name = policy.Name
+	}
+	r.ledger.covered(req.NamespacedName, name, epoch)
+	if wait, err := r.handBack(ctx, svc, policy, assignment); err != nil || wait > 0 {
+		return ctrl.Result{RequeueAfter: wait}, err
+	}
 	if policy == nil {
-		r.ledger.covered(req.NamespacedName, "", epoch)
 		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, svc)
 	}
-	r.ledger.covered(req.NamespacedName, policy.Name, epoch)
 	additional, shortage, err := r.allocate(ctx, svc, policy, assignment)
 	if err != nil {
 		return ctrl.Result{}, err
@@ -138,6 +146,9 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		return ctrl.Result{}, err
 	}
 	r.ledger.settled(req.NamespacedName, epoch, assignment.Generation)
+	if err := r.takeOver(ctx, svc, policy, assignment); err != nil {
+		return ctrl.Result{}, err
+	}
 	if shortage == nil {
 		r.ledger.served(req.NamespacedName)
 	}
@@ -206,11 +217,12 @@ func (r *serviceReconciler) assign(ctx context.Context, svc *corev1.Service, hav
 		}
 		return created, nil
 	}
-	if equality.Semantic.DeepEqual(have.Spec, want) && have.Labels[v1alpha1.LabelPolicy] == want.PolicyName {
+	if equality.Semantic.DeepEqual(have.Spec, want) && have.Labels[v1alpha1.LabelPolicy] == want.PolicyName && !isHandingBack(have) {
 		return have, nil
 	}
 	updated := have.DeepCopy()
 	updated.Spec = want
+	delete(updated.Annotations, v1alpha1.AnnotationHandingBack)
 	if updated.Labels == nil {
 		updated.Labels = map[string]string{}
 	}

@@ -31,11 +31,16 @@ func SetupWithManager(mgr ctrl.Manager, options Options) error {
 	if err := collectFrom(l, metrics.Registry); err != nil {
 		return err
 	}
-	services := &serviceReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: mgr.GetEventRecorder("serviceproxy-controller"), options: options}
+	recorder := mgr.GetEventRecorder("serviceproxy-controller")
+	services := &serviceReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: recorder, options: options,
+		pace: newPace(options.TakeOverRate, l.reconcile)}
+	if err := mgr.Add(services.pace); err != nil {
+		return fmt.Errorf("register the pace of taking Services over: %w", err)
+	}
 	if err := services.setup(mgr); err != nil {
 		return fmt.Errorf("set up the reconciler of Services: %w", err)
 	}
-	policies := &policyReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, options: options}
+	policies := &policyReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: recorder, options: options}
 	if err := policies.setup(mgr); err != nil {
 		return fmt.Errorf("set up the reconciler of policies: %w", err)
 	}
