@@ -134,7 +134,7 @@ func (c *cluster) clear() {
 	for _, o := range []client.Object{&v1alpha1.ServiceAssignment{}, &discoveryv1.EndpointSlice{}} {
 		c.Expect(c.DeleteAllOf(c.ctx, o, client.InNamespace("default"))).To(Succeed())
 	}
-	for _, o := range []client.Object{&corev1.Node{}, &v1alpha1.NodeProxyState{}} {
+	for _, o := range []client.Object{&corev1.Node{}, &v1alpha1.NodeProxyState{}, &v1alpha1.ServiceProxyPolicy{}} {
 		c.Expect(c.DeleteAllOf(c.ctx, o)).To(Succeed())
 	}
 }

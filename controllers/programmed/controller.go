@@ -38,7 +38,7 @@ type Options struct {
 }
 
 // SetupWithManager adds the controllers of this package to mgr, whose scheme must know core/v1, discovery/v1 and v1alpha1. They
-// run on the leader only. The caches of Nodes, EndpointSlices, ServiceAssignments and NodeProxyStates are the manager's;
+// run on the leader only. The caches of Nodes, EndpointSlices, ServiceAssignments, ServiceProxyPolicies and NodeProxyStates are the manager's;
 // managedFields may be stripped from them.
 func SetupWithManager(mgr ctrl.Manager, opts Options) error {
 	if opts.Registerer == nil {
@@ -51,6 +51,9 @@ func SetupWithManager(mgr ctrl.Manager, opts Options) error {
 	states := newNodeStates(mgr)
 	if err := states.setupWithManager(mgr); err != nil {
 		return fmt.Errorf("set up NodeProxyState controller: %w", err)
+	}
+	if err := newSilence(mgr.GetClient()).setupWithManager(mgr); err != nil {
+		return fmt.Errorf("set up controller of silent agents: %w", err)
 	}
 	f := &feed{
 		cache:   mgr.GetCache(),

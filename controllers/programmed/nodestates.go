@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/util/workqueue"
@@ -28,17 +29,18 @@ import (
 const (
 	managedByLabel = "app.kubernetes.io/managed-by"
 	// nodeStateWrites is how many NodeProxyStates are created or rewritten per second at most: when the report interval
-	// changes its step, all 5 000 of a large cluster are rewritten within 50 s.
+	// changes its step, or a policy its ranges, all 5 000 of a large cluster are rewritten within 50 s.
 	nodeStateWrites = 100
 )
 
-// nodeStates keeps one NodeProxyState per Node, with the present report interval. One request is one Node's name.
+// nodeStates keeps one NodeProxyState per Node, with the present report interval and the ranges that policies declare for the node. One request is one Node's name.
 type nodeStates struct {
 	client   client.Client
 	live     client.Reader
 	limiter  *rate.Limiter
 	interval atomic.Int64 // nanoseconds; 0 until the feed knows how many nodes there are
 	rewrite  chan event.GenericEvent
+	declared *declarations
 }
 
 // ours reports whether this operator created a NodeProxyState. Others are never changed or deleted.
@@ -46,22 +48,24 @@ func ours(s *v1alpha1.NodeProxyState) bool { return s.Labels[managedByLabel] == 
 
 func newNodeStates(mgr ctrl.Manager) *nodeStates {
 	return &nodeStates{
-		client:  mgr.GetClient(),
-		live:    mgr.GetAPIReader(),
-		limiter: rate.NewLimiter(nodeStateWrites, nodeStateWrites),
-		rewrite: make(chan event.GenericEvent),
+		client:   mgr.GetClient(),
+		live:     mgr.GetAPIReader(),
+		limiter:  rate.NewLimiter(nodeStateWrites, nodeStateWrites),
+		rewrite:  make(chan event.GenericEvent),
+		declared: newDeclarations(),
 	}
 }
 
 func (r *nodeStates) setupWithManager(mgr ctrl.Manager) error {
-	// A Node matters here only by being there, and heartbeats update it all the time. The same holds for reports.
+	// A Node matters here only by being there and by its labels, and heartbeats update it all the time. The same holds for reports.
 	comesOrGoes := predicate.Funcs{UpdateFunc: func(e event.UpdateEvent) bool {
 		return e.ObjectOld.GetUID() != e.ObjectNew.GetUID()
 	}}
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("nodeproxystate").
 		For(&v1alpha1.NodeProxyState{}, builder.WithPredicates(predicate.Or(comesOrGoes, predicate.GenerationChangedPredicate{}, predicate.LabelChangedPredicate{}))).
-		Watches(&corev1.Node{}, &handler.EnqueueRequestForObject{}, builder.WithPredicates(comesOrGoes)).
+		Watches(&corev1.Node{}, &handler.EnqueueRequestForObject{}, builder.WithPredicates(predicate.Or(comesOrGoes, predicate.LabelChangedPredicate{}))).
+		Watches(&v1alpha1.ServiceProxyPolicy{}, r.policyHandler()).
 		WatchesRawSource(source.Channel(r.rewrite, handler.Funcs{GenericFunc: enqueueLast})).
 		Complete(r)
 }
@@ -78,6 +82,7 @@ func enqueueLast(_ context.Context, e event.GenericEvent, q workqueue.TypedRateL
 
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
 // +kubebuilder:rbac:groups=networking.serviceproxy.io,resources=nodeproxystates,verbs=get;list;watch;create;patch;delete
+// +kubebuilder:rbac:groups=networking.serviceproxy.io,resources=serviceproxypolicies,verbs=get;list;watch
 
 // Reconcile creates, corrects or deletes the NodeProxyState of one Node.
 func (r *nodeStates) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
@@ -96,12 +101,15 @@ func (r *nodeStates) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 	switch exists := state.UID != ""; {
 	case !exists && node.UID == "", exists && !ours(&state), !state.DeletionTimestamp.IsZero():
 		return ctrl.Result{}, nil
-	case !exists:
-		return ctrl.Result{}, r.create(ctx, &node, interval)
-	case node.UID == "" || !ownedBy(&state, &node):
+	case exists && (node.UID == "" || !ownedBy(&state, &node)):
 		return ctrl.Result{}, r.remove(ctx, &state)
-	case state.Spec.ReportInterval == nil || state.Spec.ReportInterval.Duration != interval:
-		return ctrl.Result{}, r.setInterval(ctx, &state, interval)
+	}
+	spec := v1alpha1.NodeProxyStateSpec{ReportInterval: &metav1.Duration{Duration: interval}, ServiceRanges: r.declared.forNode(node.Labels, state.Spec.ServiceRanges)}
+	switch {
+	case state.UID == "":
+		return ctrl.Result{}, r.create(ctx, &node, spec)
+	case !equality.Semantic.DeepEqual(state.Spec, spec):
+		return ctrl.Result{}, r.tell(ctx, &state, spec)
 	}
 	return ctrl.Result{}, nil
 }
@@ -115,7 +123,7 @@ func ownedBy(s *v1alpha1.NodeProxyState, n *corev1.Node) bool {
 	return false
 }
 
-func (r *nodeStates) create(ctx context.Context, n *corev1.Node, interval time.Duration) error {
+func (r *nodeStates) create(ctx context.Context, n *corev1.Node, spec v1alpha1.NodeProxyStateSpec) error {
 	if err := r.limiter.Wait(ctx); err != nil {
 		return err
 	}
@@ -125,7 +133,7 @@ func (r *nodeStates) create(ctx context.Context, n *corev1.Node, interval time.D
 			Labels:          map[string]string{managedByLabel: v1alpha1.ManagedBy},
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: n.Name, UID: n.UID}},
 		},
-		Spec: v1alpha1.NodeProxyStateSpec{ReportInterval: &metav1.Duration{Duration: interval}},
+		Spec: spec,
 	})
 	if err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("create NodeProxyState: %w", err)
@@ -133,14 +141,15 @@ func (r *nodeStates) create(ctx context.Context, n *corev1.Node, interval time.D
 	return nil // if it exists, the cache is about to tell
 }
 
-func (r *nodeStates) setInterval(ctx context.Context, s *v1alpha1.NodeProxyState, interval time.Duration) error {
+// tell tells a node's agent what is new for it.
+func (r *nodeStates) tell(ctx context.Context, s *v1alpha1.NodeProxyState, spec v1alpha1.NodeProxyStateSpec) error {
 	if err := r.limiter.Wait(ctx); err != nil {
 		return err
 	}
 	changed := s.DeepCopy()
-	changed.Spec.ReportInterval = &metav1.Duration{Duration: interval}
+	changed.Spec = spec
 	if err := r.client.Patch(ctx, changed, client.MergeFrom(s)); client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("set report interval: %w", err)
+		return fmt.Errorf("set report interval and service ranges: %w", err)
 	}
 	return nil
 }
@@ -168,9 +177,13 @@ func (r *nodeStates) pace(ctx context.Context, interval time.Duration, names fun
 	}
 	for _, name := range names() {
 		select {
-		case r.rewrite <- event.GenericEvent{Object: &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Name: name}}}:
+		case r.rewrite <- event.GenericEvent{Object: named(name)}:
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+func named(name string) client.Object {
+	return &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Name: name}}
 }
