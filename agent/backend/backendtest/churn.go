@@ -60,7 +60,6 @@ var churn = []Scenario{
 type others struct {
 	*Lab
 	kept    string // what they keep, as listed at first
-	writers []io.WriteCloser
 	wait    []func() error
 	stop    chan struct{}
 	running sync.WaitGroup

@@ -1,11 +1,9 @@
 package nftables
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -174,55 +172,6 @@ func TestProbe(t *testing.T) {
 	probe()
 	apply(t, newBackend(t, ns), nil, everything())
 	probe()
-}
-
-// TestOpenConnection: a connection outlives all that is done to the rules around it.
-func TestOpenConnection(t *testing.T) {
-	top := newTopology(t)
-	b := newBackend(t, top.node)
-	for pod := range top.pods {
-		serve(t, top.pods[pod], "tcp", netip.AddrPortFrom(podAddr(0, pod, 0), 8080))
-	}
-	s := web(0, forwarding.TCP)
-	st := state(s)
-	apply(t, b, nil, st)
-	c, err := dial(top.client, "tcp", netip.AddrPortFrom(s.ServiceIPs[0], 80), netip.Addr{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	lines := bufio.NewReader(c)
-	if _, err := lines.ReadString('\n'); err != nil {
-		t.Fatal(err)
-	}
-	alive := func(after string) {
-		t.Helper()
-		if err := c.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := fmt.Fprintln(c, after); err != nil {
-			t.Fatalf("after %s: %v", after, err)
-		}
-		if echo, err := lines.ReadString('\n'); err != nil || echo != after+"\n" {
-			t.Fatalf("after %s: %q, %v", after, echo, err)
-		}
-		if _, _, err := ask(top.client, "tcp", netip.AddrPortFrom(s.ServiceIPs[0], 80), netip.Addr{}); err != nil {
-			t.Errorf("after %s a new connection fails: %v", after, err)
-		}
-	}
-	other := web(1, forwarding.UDP)
-	next := st.With(other)
-	apply(t, b, &st, next)
-	alive("an unrelated change")
-	b = newBackend(t, top.node)
-	apply(t, b, nil, next)
-	alive("a restart")
-	nft(t, top.node, "flush chain ip serviceproxy services; add element ip serviceproxy services { 10.99.9.9 . tcp . 80 : drop }", "-f", "-")
-	apply(t, b, nil, next)
-	alive("drift repair")
-	nft(t, top.node, "flush chain ip serviceproxy output; delete chain ip serviceproxy output; add chain ip serviceproxy output { type nat hook output priority -150; }", "-f", "-")
-	apply(t, b, nil, next)
-	alive("the table was replaced")
 }
 
 // TestForeignChurn: another program that never stops changing its own table must not keep us from starting.
