@@ -72,7 +72,8 @@ func (c *cluster) address() string {
 func (c *cluster) stop() error { return c.env.Stop() }
 
 // apply makes the API server hold a world and nothing else, but for the marker. It says whether something changed that kube-proxy should be started again for.
-func (c *cluster) apply(w backendtest.World) (restart bool, err error) {
+// settle is called where the next step must wait until the proxy has taken the last one in.
+func (c *cluster) apply(w backendtest.World, settle func() error) (restart bool, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), programmed)
 	defer cancel()
 	wanted := map[string]client.Object{}
@@ -98,14 +99,22 @@ func (c *cluster) apply(w backendtest.World) (restart bool, err error) {
 			want(slice)
 		}
 	}
-	// First what goes: its addresses and ports may be somebody else's next.
-	for key, old := range c.held {
-		if wanted[key] == nil {
-			restart = restart || atStart(old)
-			if err := c.client.Delete(ctx, old); err != nil {
+	for key, o := range wanted {
+		restart = restart || atStart(o) && !equality.Semantic.DeepEqual(c.held[key], o)
+	}
+	for key, o := range c.held {
+		restart = restart || atStart(o) && wanted[key] == nil
+	}
+	// First what goes: its addresses and ports may be somebody else's next. Of a Service it is the Service that goes first, as when somebody deletes one.
+	for _, services := range []bool{true, false} {
+		deleted, err := c.deleteOthers(ctx, wanted, services)
+		if err != nil {
+			return false, err
+		}
+		if deleted && services {
+			if err := settle(); err != nil {
 				return false, err
 			}
-			delete(c.held, key)
 		}
 	}
 	// An object may want what another one lets go of only when its turn comes: then its own comes again.
@@ -125,7 +134,6 @@ func (c *cluster) apply(w backendtest.World) (restart bool, err error) {
 			case err != nil:
 				return false, fmt.Errorf("%s: %w", key, err)
 			}
-			restart = restart || atStart(o)
 			c.held[key] = o
 		}
 		if len(again) == len(order) {
@@ -134,6 +142,21 @@ func (c *cluster) apply(w backendtest.World) (restart bool, err error) {
 		order = again
 	}
 	return restart, nil
+}
+
+// deleteOthers deletes what is held and not wanted any more: the Services, or all else. It says whether there was any.
+func (c *cluster) deleteOthers(ctx context.Context, wanted map[string]client.Object, services bool) (deleted bool, err error) {
+	for key, old := range c.held {
+		if wanted[key] != nil || isService(old) != services {
+			continue
+		}
+		if err := c.client.Delete(ctx, old); err != nil {
+			return false, err
+		}
+		delete(c.held, key)
+		deleted = true
+	}
+	return deleted, nil
 }
 
 // atStart says whether kube-proxy is started again when an object changes: it would take the change in, and nothing in its rules would tell when it has.

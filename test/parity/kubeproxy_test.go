@@ -73,7 +73,12 @@ func (p *kubeProxy) Program(w backendtest.World) error {
 	if err != nil {
 		return err
 	}
-	changed, err := p.cluster.apply(w)
+	changed, err := p.cluster.apply(w, func() error {
+		if p.running == nil || p.lost {
+			return nil
+		}
+		return p.mark()
+	})
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,12 @@ var promises = []promise{
 		"two Services share the number of a node port between protocols",
 		"a program that listens on the node never gets what is for a node port",
 		"a program that listens on the node never gets what is for a service IP",
+		"every port of a Service leads to its own target port",
+		"an external IP that is the node's own address takes its ports and no others",
+		"the node reaches an endpoint of its own through the Service",
+		"a ping to a service IP is refused, and others are left alone",
+		"datagrams larger than the links' MTU come through",
+		"large transfers come through",
 	}},
 	{"Without endpoints: refused at once", []string{
 		"without endpoints connections are refused at once",
@@ -23,6 +29,8 @@ var promises = []promise{
 	{"Which endpoints: readiness, termination, topology", []string{
 		"endpoints that terminate serve when no other is ready",
 		"hints for the node, then for its zone, choose endpoints if every endpoint has them",
+		"an endpoint that is said to be ready is used, whatever else is said of it (publishNotReadyAddresses)",
+		"each family follows a Local policy by its own endpoints",
 	}},
 	{"externalTrafficPolicy", []string{
 		"external traffic policy Local keeps the client's address and uses local endpoints",
@@ -33,6 +41,18 @@ var promises = []promise{
 	}},
 	{"Masquerading", []string{
 		"a pod reaches itself through its Service",
+		"all traffic through service IPs is masqueraded if that is wanted",
+		"connections that go directly to an endpoint keep their source port",
+	}},
+	{"Which traffic is of pods", []string{
+		"pods are told by the interface they come by",
+		"pods are told by the prefix of the interfaces they come by",
+		"where pods cannot be told nobody counts as being outside",
+	}},
+	{"Declared ranges", []string{
+		"what no Service has of a declared range is silent",
+		"an address of the node itself in a declared range stays the node's",
+		"what another proxy translates in a declared range stays the other's",
 	}},
 	{"Session affinity", []string{
 		"session affinity pins a client, whichever address of the Service it uses",
@@ -47,6 +67,10 @@ var promises = []promise{
 	}},
 	{"loadBalancerSourceRanges", []string{
 		"source ranges guard load-balancer IPs and nothing else",
+		"source ranges allow each family by itself, and everything by a range of everything",
+		"source ranges that hold the node's own address let the node in, also by the load-balancer IP itself",
+		"Services that share source ranges are guarded each by itself",
+		"source ranges hold together with external traffic policy Local",
 	}},
 	{"Where node ports are served", []string{
 		"node ports are served at the chosen addresses only",
@@ -71,6 +95,9 @@ var promises = []promise{
 		"UDP flows stay with an endpoint that serves when new traffic prefers others",
 		"UDP flows to the same endpoint of other Services are left alone",
 		"UDP flows that something else than a Service translates are left alone",
+	}},
+	{"Invalid packets", []string{
+		"packets that are part of no connection do not end translated connections",
 	}},
 	{"Open connections", []string{
 		"open connections outlive changes of other Services",
