@@ -26,6 +26,7 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/agent/healthport"
+	"github.com/serviceproxy/serviceproxy-operator/agent/kubeproxy"
 	"github.com/serviceproxy/serviceproxy-operator/agent/localhost"
 	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 )
@@ -107,6 +108,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	running.Go(func() { logWaiting(ctx, c.Log, waitingPeriod, c.API.Host, c.NodeName, h.lacks) })
 	running.Go(func() { r.run(ctx) })
+	running.Go(func() { watchNeighbour(ctx, c.Log.WithName("kube-proxy"), kubeproxy.Find, r.beside) })
 	kernel := make(chan sysctl.Conntrack)
 	running.Go(func() { newTuner(c.Log.WithName("sysctl"), r.tuned).run(ctx, c.Settings.Conntrack, kernel) })
 	running.Go(func() { follow(ctx, c.Changes, s, kernel) })

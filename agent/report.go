@@ -48,6 +48,7 @@ type reporter struct {
 	// conditions are the object's, so that a restart of the agent is no transition.
 	conditions []metav1.Condition
 	kernel     *kernelReport // nil until it is known
+	kubeProxy  v1alpha1.KubeProxyPresence
 }
 
 func newReporter(log logr.Logger, version string, write func(context.Context, *v1alpha1.NodeProxyStateStatus) error) *reporter {
@@ -174,6 +175,7 @@ func (r *reporter) status() *v1alpha1.NodeProxyStateStatus {
 		Services:              int32(l.Services),
 		Endpoints:             int32(l.Endpoints),
 		DriftRepairs:          l.DriftRepairs,
+		KubeProxy:             r.kubeProxy,
 		BootID:                r.bootID,
 		AgentVersion:          r.version,
 	}
