@@ -17,6 +17,8 @@ import (
 type nodeState struct {
 	uid      types.UID
 	interval time.Duration
+	// heartbeat is how often to report at least.
+	heartbeat time.Duration
 	// ranges are those of spec.serviceRanges, sorted.
 	ranges []netip.Prefix
 	// conditions are the status', so that a restart of the agent is no transition.
@@ -28,7 +30,7 @@ const shortestRange = 8
 
 // parseNodeState gives the compact form of a NodeProxyState and what was left out of it.
 func parseNodeState(in *v1alpha1.NodeProxyState) (*nodeState, []compile.Problem) {
-	out := &nodeState{uid: in.UID, interval: defaultReportInterval, conditions: in.Status.Conditions}
+	out := &nodeState{uid: in.UID, interval: defaultReportInterval, heartbeat: in.Spec.HeartbeatInterval(), conditions: in.Status.Conditions}
 	if i := in.Spec.ReportInterval; i != nil && i.Duration > 0 {
 		out.interval = i.Duration
 	}

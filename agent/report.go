@@ -28,7 +28,7 @@ const (
 	writeRetryMax         = 30 * time.Second
 )
 
-// reporter writes this node's NodeProxyState: its newest state, only if that is news, and at most once per interval.
+// reporter writes this node's NodeProxyState: its newest state, if that is news or as a sign of life, and at most once per interval.
 //
 // All nodes receive a change at the same moment. If each wrote when it is done, they would write all at once; so every
 // agent writes only at moments of its own, an interval apart, whose phase is random. All together write at an even rate, and no report waits longer than an interval.
@@ -45,6 +45,8 @@ type reporter struct {
 	latest   *Report
 	uid      types.UID // of the object; empty if there is none
 	interval time.Duration
+	// heartbeat is how long nothing is written at the most.
+	heartbeat time.Duration
 	// conditions are the object's, so that a restart of the agent is no transition.
 	conditions []metav1.Condition
 	kernel     *kernelReport // nil until it is known
@@ -52,7 +54,7 @@ type reporter struct {
 }
 
 func newReporter(log logr.Logger, version string, write func(context.Context, *v1alpha1.NodeProxyStateStatus) error) *reporter {
-	return &reporter{log: log, version: version, bootID: bootID(), write: write, interval: defaultReportInterval, news: make(chan struct{}, 1)}
+	return &reporter{log: log, version: version, bootID: bootID(), write: write, interval: defaultReportInterval, heartbeat: time.Minute, news: make(chan struct{}, 1)}
 }
 
 // bootID identifies the running kernel's boot the way kubelets do; empty if the kernel does not tell.
@@ -94,8 +96,13 @@ func (r *reporter) found(in *nodeState) {
 		r.uid, r.conditions = in.uid, slices.Clone(in.conditions)
 		r.signal()
 	}
-	if in.interval != r.interval {
-		r.interval = in.interval
+	if in.interval != r.interval || in.heartbeat != r.heartbeat {
+		r.interval, r.heartbeat = in.interval, in.heartbeat
+		r.signal()
+	}
+	if meta.IsStatusConditionPresentAndEqual(in.conditions, v1alpha1.NodeProxyReady, metav1.ConditionUnknown) {
+		// The controller took this agent for dead. It hears at once that it is not, and the condition when that was.
+		r.conditions = slices.Clone(in.conditions)
 		r.signal()
 	}
 }
@@ -107,35 +114,42 @@ func (r *reporter) lost() {
 	r.uid = ""
 }
 
-// due gives the status to write, the object it is for and the interval; nil if there is nothing to write or no object to write it to.
-func (r *reporter) due(written *v1alpha1.NodeProxyStateStatus, writtenTo types.UID) (*v1alpha1.NodeProxyStateStatus, types.UID, time.Duration) {
+// written is the newest report that the API server has: what it says, but for the time, to which object it went and when.
+type written struct {
+	status *v1alpha1.NodeProxyStateStatus
+	to     types.UID
+	at     time.Time
+}
+
+// due gives the status to write, the object it is for and the interval; nil if there is nothing to write or no object to write it to. wait is how long there will be nothing, if
+// nothing happens; 0 for ever.
+func (r *reporter) due(last written) (status *v1alpha1.NodeProxyStateStatus, to types.UID, interval, wait time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.latest == nil || r.uid == "" {
-		return nil, "", r.interval
+		return nil, "", r.interval, 0
 	}
-	status := r.status()
-	if written != nil && writtenTo == r.uid && reflect.DeepEqual(written, status) {
-		return nil, "", r.interval
+	status = r.status()
+	if last.status != nil && last.to == r.uid && reflect.DeepEqual(last.status, status) {
+		if wait = r.heartbeat - time.Since(last.at); wait > 0 {
+			return nil, "", r.interval, wait
+		}
 	}
-	return status, r.uid, r.interval
+	return status, r.uid, r.interval, 0
 }
 
 // run writes until ctx ends.
 func (r *reporter) run(ctx context.Context) {
 	var (
-		written   *v1alpha1.NodeProxyStateStatus
-		writtenTo types.UID
-		failures  int
-		beat      beat
+		last     written
+		failures int
+		beat     beat
 	)
 	for {
-		status, _, interval := r.due(written, writtenTo)
+		status, _, interval, wait := r.due(last)
 		if status == nil {
-			select {
-			case <-ctx.Done():
+			if !r.rest(ctx, wait) {
 				return
-			case <-r.news:
 			}
 			continue
 		}
@@ -143,26 +157,46 @@ func (r *reporter) run(ctx context.Context) {
 			return
 		}
 		// What happened while it waited is part of the same write.
-		status, uid, _ := r.due(written, writtenTo)
+		status, uid, _, _ := r.due(last)
 		if status == nil {
 			continue
 		}
+		now := time.Now()
+		sent := *status
+		sent.HeartbeatTime = &metav1.Time{Time: now.Truncate(time.Second)} // the API keeps seconds
 		writeCtx, cancel := context.WithTimeout(ctx, writeTimeout)
-		err := r.write(writeCtx, status)
+		err := r.write(writeCtx, &sent)
 		cancel()
 		switch {
 		case err == nil:
-			written, writtenTo, failures = status, uid, 0
+			last, failures = written{status, uid, now}, 0
 		case ctx.Err() != nil:
 			return
 		case apierrors.IsNotFound(err): // the watch will tell when there is one again
 			r.lost()
-			written = nil
+			last = written{}
 		default:
 			failures++
 			r.log.Error(err, "Could not report what this node's kernel holds; trying again", "failures", failures)
 		}
 	}
+}
+
+// rest waits for news, or until the time is over if it is not 0, and says whether ctx still lives.
+func (r *reporter) rest(ctx context.Context, most time.Duration) bool {
+	var over <-chan time.Time
+	if most > 0 {
+		timer := time.NewTimer(most)
+		defer timer.Stop()
+		over = timer.C
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-r.news:
+	case <-over:
+	}
+	return true
 }
 
 // status is the newest report in the API's form. Called with the lock held.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"reflect"
 	"slices"
 	"sync"
 	"testing"
@@ -70,7 +71,7 @@ func startReporter(t *testing.T) (*reporter, *writes) {
 }
 
 func ordered(uid types.UID, interval time.Duration) *nodeState {
-	return &nodeState{uid: uid, interval: interval}
+	return &nodeState{uid: uid, interval: interval, heartbeat: max(time.Minute, 10*interval)}
 }
 
 func held(assignments string) Report {
@@ -104,7 +105,7 @@ func TestOneWritePerIntervalOfTheNewest(t *testing.T) {
 		}
 		n := w.count()
 		r.publish(*r.latest)
-		pause(10 * interval)
+		pause(9 * interval)
 		if w.count() != n {
 			t.Error("wrote although nothing changed")
 		}
@@ -176,6 +177,62 @@ func TestNoObjectNoWrite(t *testing.T) {
 		pause(2 * time.Second)
 		if got := w.last(t); got.AssignmentRevision != "2" {
 			t.Errorf("wrote %+v", got)
+		}
+	})
+}
+
+// A quiet node costs one write per heartbeat, and tells nothing else by it.
+func TestSignsOfLife(t *testing.T) {
+	for _, c := range []struct{ interval, heartbeat time.Duration }{{200 * time.Millisecond, time.Minute}, {25600 * time.Millisecond, 256 * time.Second}} {
+		synctest.Test(t, func(t *testing.T) {
+			r, w := startReporter(t)
+			r.found(ordered("a", c.interval))
+			r.publish(held("1"))
+			pause(100 * c.heartbeat)
+			if n := w.count(); n < 90 || n > 101 {
+				t.Errorf("%d writes in 100 heartbeats", n)
+			}
+			for i, at := range w.at[1:] {
+				if gap := at.Sub(w.at[i]); gap < c.heartbeat || gap > c.heartbeat+c.interval {
+					t.Errorf("two signs of life %v apart, want %v to %v", gap, c.heartbeat, c.heartbeat+c.interval)
+				}
+				now, before := w.list[i+1], w.list[i]
+				if !now.HeartbeatTime.Time.Equal(at.Truncate(time.Second)) {
+					t.Errorf("at %v it says %v", at, now.HeartbeatTime)
+				}
+				now.HeartbeatTime = before.HeartbeatTime
+				if !reflect.DeepEqual(now, before) {
+					t.Errorf("changed from %+v to %+v", before, now)
+				}
+			}
+		})
+	}
+}
+
+// The controller took the agent for dead, because its reports were on their way for long.
+func TestTakenForDead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, w := startReporter(t)
+		state := ordered("a", time.Second)
+		r.found(state)
+		r.publish(held("1"))
+		pause(2 * time.Second)
+		n := w.count()
+		judged := *state
+		judged.conditions = []metav1.Condition{{Type: v1alpha1.NodeProxyReady, Status: metav1.ConditionUnknown, Reason: "AgentSilent", LastTransitionTime: metav1.Now()}}
+		pause(10 * time.Second)
+		back := time.Now()
+		r.found(&judged)
+		pause(2 * time.Second)
+		ready := w.last(t).Conditions[0]
+		if w.count() != n+1 || ready.Status != metav1.ConditionTrue || ready.LastTransitionTime.Time.Before(back) {
+			t.Errorf("%d writes, the last %+v; want one that says since when it is ready again", w.count()-n, ready)
+		}
+		judged.conditions = w.last(t).Conditions // its own word comes back
+		r.found(&judged)
+		pause(30 * time.Second)
+		if w.count() != n+1 {
+			t.Errorf("%d writes, want 1", w.count()-n)
 		}
 	})
 }

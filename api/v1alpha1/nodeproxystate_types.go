@@ -1,6 +1,8 @@
 package v1alpha1
 
 import (
+	"time"
+
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -24,6 +26,16 @@ type NodeProxyStateSpec struct {
 	// +kubebuilder:validation:items:MinLength=3
 	// +kubebuilder:validation:items:MaxLength=43
 	ServiceRanges []string `json:"serviceRanges,omitempty"`
+}
+
+// HeartbeatInterval is how often an agent reports at least, even if there is nothing new: a minute, or ten report intervals where that is longer, so that signs of
+// life take a tenth of what the controller allows for reports at the most.
+func (s *NodeProxyStateSpec) HeartbeatInterval() time.Duration {
+	interval := time.Minute
+	if s.ReportInterval != nil {
+		interval = max(interval, 10*s.ReportInterval.Duration)
+	}
+	return interval
 }
 
 // NodeProxyMode tells whether a node can do a proxy mode.
@@ -58,7 +70,7 @@ const (
 
 // Condition types of a NodeProxyState.
 const (
-	// NodeProxyReady: the kernel holds what the agent wants it to.
+	// NodeProxyReady: the kernel holds what the agent wants it to. Unknown, which the controller sets: the agent has not reported for long.
 	NodeProxyReady = "Ready"
 	// NodeProxyKernelTuned: the parameters of the node's kernel are at least what the agent's configuration asks for.
 	NodeProxyKernelTuned = "KernelTuned"
@@ -80,6 +92,11 @@ type NodeProxyStateStatus struct {
 	// lastAppliedTime is when the kernel was last changed.
 	// +optional
 	LastAppliedTime *metav1.Time `json:"lastAppliedTime,omitempty"`
+
+	// heartbeatTime is when the agent reported last, by its node's clock. It does so at least every minute, or every ten spec.reportInterval where that is longer. The
+	// controller sets the condition Ready to Unknown when it has not seen it change for three times as long.
+	// +optional
+	HeartbeatTime *metav1.Time `json:"heartbeatTime,omitempty"`
 
 	// modes tells which proxy modes the node can do.
 	// +optional

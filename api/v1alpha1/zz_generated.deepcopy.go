@@ -299,6 +299,10 @@ func (in *NodeProxyStateStatus) DeepCopyInto(out *NodeProxyStateStatus) {
 		in, out := &in.LastAppliedTime, &out.LastAppliedTime
 		*out = (*in).DeepCopy()
 	}
+	if in.HeartbeatTime != nil {
+		in, out := &in.HeartbeatTime, &out.HeartbeatTime
+		*out = (*in).DeepCopy()
+	}
 	if in.Modes != nil {
 		in, out := &in.Modes, &out.Modes
 		*out = make([]NodeProxyMode, len(*in))
