@@ -49,7 +49,7 @@ type tuner struct {
 }
 
 func newTuner(log logr.Logger, tell func(kernelReport)) *tuner {
-	return &tuner{log: log, proc: sysctl.Kernel, cpus: sysctl.CPUs(), tell: tell}
+	return &tuner{log: log, proc: sysctl.Node(), cpus: sysctl.CPUs(), tell: tell}
 }
 
 // run works until ctx ends. It starts with these settings and goes on with those that come.

@@ -21,12 +21,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/wait"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 	"sigs.k8s.io/yaml"
 
+	config "github.com/serviceproxy/serviceproxy-operator/api/config/v1alpha1"
 	"github.com/serviceproxy/serviceproxy-operator/controllers/webhook"
 )
 
@@ -218,22 +220,99 @@ func TestWebhookService(t *testing.T) {
 	if port := service.Spec.Ports[0]; port.Port != 443 || port.TargetPort.StrVal != "webhook" {
 		t.Errorf("the Service has port %d to %s, want 443 to webhook", port.Port, port.TargetPort.String())
 	}
+	listens := controllerConfiguration(t).Webhook.BindAddress
 	container := deployment.Spec.Template.Spec.Containers[0]
 	for _, port := range container.Ports {
-		if port.Name == "webhook" && slices.Contains(container.Args, fmt.Sprintf("--webhook-bind-address=:%d", port.ContainerPort)) {
+		if port.Name == "webhook" && listens == fmt.Sprintf(":%d", port.ContainerPort) {
 			return
 		}
 	}
-	t.Errorf("no port of the container is named webhook and is where it listens: %v, %v", container.Ports, container.Args)
+	t.Errorf("no port of the container is named webhook and is where it listens: %v, %s", container.Ports, listens)
+}
+
+// shipped is a file of ours that holds a configuration: it must be right, and say what is not the default.
+func shipped(t *testing.T, file, kind string, into any) {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := config.Decode(text, kind, into); err != nil {
+		t.Errorf("%s: %v", file, err)
+	}
+}
+
+func agentConfiguration(t *testing.T) *config.AgentConfiguration {
+	t.Helper()
+	c := &config.AgentConfiguration{}
+	shipped(t, "agent/agent.yaml", config.AgentKind, c)
+	if len(c.ClusterCIDR) == 0 || c.HealthzBindAddress == "" || c.MetricsBindAddress == "" {
+		t.Errorf("agent/agent.yaml does not say what users have to look at: %+v", c)
+	}
+	c.SetDefaults()
+	if wrong := c.Validate(); len(wrong) > 0 {
+		t.Errorf("agent/agent.yaml: %v", wrong.ToAggregate())
+	}
+	return c
+}
+
+func controllerConfiguration(t *testing.T) *config.ControllerConfiguration {
+	t.Helper()
+	c := &config.ControllerConfiguration{}
+	shipped(t, "manager/controller.yaml", config.ControllerKind, c)
+	if c.Namespace != "" || c.HealthzBindAddress == "" || c.MetricsBindAddress == "" || c.Webhook.BindAddress == "" || !c.LeaderElection.LeaderElect {
+		t.Errorf("manager/controller.yaml does not say which ports of the node it takes, or says what the pod does: %+v", c)
+	}
+	c.Namespace = "of-the-pod"
+	c.SetDefaults()
+	if wrong := c.Validate(); len(wrong) > 0 {
+		t.Errorf("manager/controller.yaml: %v", wrong.ToAggregate())
+	}
+	return c
+}
+
+// TestConfigurationFiles: each program reads the file that its ConfigMap holds, and reads it as a folder's, because what is mounted by subPath never changes.
+func TestConfigurationFiles(t *testing.T) {
+	assets := os.Getenv("KUBEBUILDER_ASSETS")
+	if assets == "" {
+		t.Fatal("KUBEBUILDER_ASSETS is not set: run `make test-envtest`, or `export KUBEBUILDER_ASSETS=$(hack/tools/kubernetes/build.sh)`")
+	}
+	agentConfiguration(t)
+	controllerConfiguration(t)
+	for folder, file := range map[string]string{"agent": "agent.yaml", "manager": "controller.yaml"} {
+		contents := map[string]map[string]string{} // of ConfigMaps
+		var pod corev1.PodSpec
+		for _, object := range kustomize(t, filepath.Join(assets, "kubectl"), folder) {
+			switch object.GetKind() {
+			case "ConfigMap":
+				contents[object.GetName()], _, _ = unstructured.NestedStringMap(object.Object, "data")
+			case "DaemonSet", "Deployment":
+				template, _, _ := unstructured.NestedMap(object.Object, "spec", "template", "spec")
+				if err := runtime.DefaultUnstructuredConverter.FromUnstructured(template, &pod); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		container := pod.Containers[0]
+		volume := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.ConfigMap != nil })
+		if volume < 0 || contents[pod.Volumes[volume].ConfigMap.Name][file] == "" {
+			t.Fatalf("%s: no volume has the ConfigMap with %s: %v", folder, file, pod.Volumes)
+		}
+		at := slices.IndexFunc(container.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == pod.Volumes[volume].Name && m.SubPath == "" })
+		if at < 0 || !slices.Equal(container.Args, []string{"--config=" + container.VolumeMounts[at].MountPath + "/" + file}) {
+			t.Errorf("%s: the arguments %v are not the file that is mounted: %v", folder, container.Args, container.VolumeMounts)
+		}
+	}
 }
 
 // TestHostPorts: both programs are in their node's network, beside what a node of Kubernetes runs, and probes ask where they listen.
 func TestHostPorts(t *testing.T) {
 	taken := map[int64]string{2379: "etcd", 2380: "etcd", 6443: "kube-apiserver", 10248: "kubelet", 10249: "kube-proxy", 10250: "kubelet", 10255: "kubelet",
 		10256: "kube-proxy", 10257: "kube-controller-manager", 10258: "cloud-controller-manager", 10259: "kube-scheduler", 10260: "cloud-controller-manager"}
-	for file, flags := range map[string][]string{
-		"manager/deployment.yaml": {"health-probe-bind-address", "metrics-bind-address", "webhook-bind-address"},
-		"agent/daemonset.yaml":    {"health-bind-address", "metrics-bind-address"},
+	agent, controller := agentConfiguration(t), controllerConfiguration(t)
+	for file, addresses := range map[string]map[string]string{
+		"manager/deployment.yaml": {"health": controller.HealthzBindAddress, "metrics": controller.MetricsBindAddress, "webhook": controller.Webhook.BindAddress},
+		"agent/daemonset.yaml":    {"health": agent.HealthzBindAddress, "metrics": agent.MetricsBindAddress},
 	} {
 		text, err := os.ReadFile(file)
 		if err != nil {
@@ -251,28 +330,19 @@ func TestHostPorts(t *testing.T) {
 		}
 		container := pod.Containers[0]
 		listens := map[string]int64{}
-		for _, arg := range container.Args {
-			name, address, _ := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
-			if !strings.HasSuffix(name, "-bind-address") {
-				continue
-			}
+		for name, address := range addresses {
 			port, err := strconv.ParseInt(address[strings.LastIndex(address, ":")+1:], 10, 32)
 			if err != nil {
-				t.Fatalf("%s: %s: %v", file, arg, err)
+				t.Fatalf("%s: %s: %v", file, name, err)
 			}
 			if owner, found := taken[port]; found {
-				t.Errorf("%s: %s is a port of %s", file, arg, owner)
+				t.Errorf("%s: %s at %s takes a port of %s", file, name, address, owner)
 			}
 			taken[port], listens[name] = file, port
 		}
-		for _, name := range flags {
-			if listens[name] == 0 {
-				t.Errorf("%s does not say --%s, so nobody sees which port of the node it takes", file, name)
-			}
-		}
 		health := slices.IndexFunc(container.Ports, func(p corev1.ContainerPort) bool { return p.Name == "health" })
-		if health < 0 || int64(container.Ports[health].ContainerPort) != listens[flags[0]] {
-			t.Errorf("%s: port health of %v is not where it listens: %d", file, container.Ports, listens[flags[0]])
+		if health < 0 || int64(container.Ports[health].ContainerPort) != listens["health"] {
+			t.Errorf("%s: port health of %v is not where it listens: %d", file, container.Ports, listens["health"])
 		}
 		for _, probe := range []*corev1.Probe{container.LivenessProbe, container.ReadinessProbe} {
 			if probe == nil || probe.HTTPGet == nil || probe.HTTPGet.Port.StrVal != "health" {

@@ -17,6 +17,17 @@ type Proc string
 // Kernel has the parameters of the running kernel: those under net are the calling thread's network namespace's.
 const Kernel Proc = "/proc/sys"
 
+// mounted is where a container finds them if it may change them: its own /proc/sys is read-only. config/agent has the node's /proc/sys/net mounted there, as Cilium does.
+const mounted Proc = "/host/proc/sys"
+
+// Node gives the running kernel's parameters where this process may change those under net, in a container, too.
+func Node() Proc {
+	if _, err := os.Stat(mounted.path("net")); err == nil {
+		return mounted
+	}
+	return Kernel
+}
+
 // ErrNotHere says that a parameter belongs to the whole machine and cannot be set from a network namespace other than the machine's first.
 var ErrNotHere = errors.New("it belongs to the whole machine and cannot be set in a network namespace of its own")
 
