@@ -47,7 +47,7 @@ type Config struct {
 	Modes []Mode
 	// Conntrack is the node's connection tracking, where UDP flows to endpoints that are gone are ended. nil: they are left to themselves.
 	Conntrack *conntrack.Table
-	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics, /proxyMode and Endpoints. nil: not served. Run closes them.
+	// Health serves /healthz, /livez and /readyz, Metrics serves /metrics, /metrics/services, /proxyMode and Endpoints. nil: not served. Run closes them.
 	Health, Metrics net.Listener
 	// Endpoints are served beside metrics, by path.
 	Endpoints map[string]http.Handler
@@ -75,7 +75,9 @@ func Run(ctx context.Context, c Config) error {
 	}
 
 	s := newStore(c.Settings)
+	m := newMetrics(s, c.Version)
 	flows := conntrack.New(c.Log.WithName("conntrack"))
+	flows.Observe = m.reconciled
 	local := localhost.New(c.Log.WithName("localhost"), localhost.Host{Sysctl: sysctl.Kernel})
 	defer local.Close()
 	changed := func(prev, next *forwarding.Service) {
@@ -83,8 +85,8 @@ func Run(ctx context.Context, c Config) error {
 			flows.Changed(prev, next)
 		}
 		local.Changed(prev, next)
+		m.changed(prev, next)
 	}
-	m := newMetrics(s, flows.Ended)
 	m.registry.MustRegister(c.Collectors...)
 	h := newHealth(s, m)
 	r := newReporter(c.Log.WithName("report"), c.Version, clients.writer(c.NodeName))

@@ -56,6 +56,9 @@ type dataplane struct {
 	settled forwarding.State
 	// changed is told what a successful Apply changed.
 	changed func(prev, next *forwarding.Service)
+	// made is told of the backend once there is one, synced of every successful Apply: whether it read the kernel back, and how long it took.
+	made   func(backend.Backend)
+	synced func(full bool, took time.Duration)
 	// leaving are services in want that another mode takes over; they go when that one holds them.
 	leaving map[forwarding.ServiceKey]struct{}
 	// cleaned says that nothing of an earlier run is left although there is no backend.
@@ -116,12 +119,16 @@ func (d *dataplane) apply(ctx context.Context, nudge func()) error {
 			return fmt.Errorf("start backend: %w", err)
 		}
 		d.backend = b
+		d.made(b)
 		go d.listen(ctx, b.Drifted(), nudge)
 	}
 	next := d.want
+	full := d.applied == nil || !d.applied.Ground().Equal(next.Ground())
+	start := time.Now()
 	if err := d.backend.Apply(ctx, d.applied, next); err != nil {
 		return err
 	}
+	d.synced(full, time.Since(start))
 	for c := range forwarding.Changes(d.settled, next) {
 		d.changed(c.Prev, c.Next)
 	}

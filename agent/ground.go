@@ -17,6 +17,8 @@ type Settings struct {
 	NodeCIDR bool
 	// MasqueradeAll and DropInvalid are as in forwarding.Ground.
 	MasqueradeAll, DropInvalid bool
+	// CountTraffic counts packets, bytes and connections of each Service, in modes that can.
+	CountTraffic bool
 	// Conntrack is what the node's connection tracking should be able to hold. The zero value leaves it as it is.
 	Conntrack sysctl.Conntrack
 }
@@ -24,7 +26,7 @@ type Settings struct {
 // groundOf puts together what holds for all Services of the node: what its administrator chose, what its Node object says, and which ranges the policies
 // declare for it.
 func groundOf(s Settings, node *compile.Node, ranges []netip.Prefix) forwarding.Ground {
-	g := forwarding.Ground{Pods: s.Pods, MasqueradeAll: s.MasqueradeAll, DropInvalid: s.DropInvalid, Ranges: ranges}
+	g := forwarding.Ground{Pods: s.Pods, MasqueradeAll: s.MasqueradeAll, DropInvalid: s.DropInvalid, CountTraffic: s.CountTraffic, Ranges: ranges}
 	if s.NodeCIDR {
 		g.Pods.Sources = slices.Concat(g.Pods.Sources, node.PodCIDRs)
 		slices.SortFunc(g.Pods.Sources, netip.Prefix.Compare)

@@ -86,7 +86,7 @@ func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, tel
 		tell.changed(prev, next)
 	}
 	for _, mode := range table {
-		l.planes = append(l.planes, &dataplane{Mode: mode, log: log, changed: changed, leaving: map[forwarding.ServiceKey]struct{}{}})
+		l.planes = append(l.planes, &dataplane{Mode: mode, log: log, changed: changed, made: m.traffic.add, synced: m.synced, leaving: map[forwarding.ServiceKey]struct{}{}})
 	}
 	return l
 }
@@ -325,6 +325,7 @@ func (l *loop) cleanUpUnused(ctx context.Context) {
 		if err := d.Cleanup(ctx); err != nil {
 			d.failures++
 			d.retryAt = time.Now().Add(min(retryMin<<min(d.failures-1, 16), retryMax))
+			l.metrics.cleanupFailed(d.Name)
 			l.log.Error(err, "Could not remove the rules of a mode that is not used any more", "mode", d.Name)
 			continue
 		}

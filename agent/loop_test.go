@@ -79,7 +79,7 @@ func newRig(t testing.TB, names ...v1alpha1.ProxyMode) *rig {
 			r.states = source.store.(*reflectorStore[nodeState])
 		}
 	}
-	m := newMetrics(r.store, func() uint64 { return 0 })
+	m := newMetrics(r.store, "test")
 	r.loop = newLoop(log, r.store, table, m, newHealth(r.store, m), listeners{r.noteChange, r.noteCheck, func(report Report) {
 		r.mu.Lock()
 		defer r.mu.Unlock()

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/apimachinery/pkg/types"
@@ -43,7 +44,9 @@ type batch struct {
 // store is what the agent knows of the cluster. Sources write to it, the run loop takes from it. Values in it are immutable.
 type store struct {
 	// wake has one pending signal while there may be something to take.
-	wake    chan struct{}
+	wake chan struct{}
+	// queued is when there last was something, in nanoseconds since 1970; 0 for never.
+	queued  atomic.Int64
 	started time.Time
 
 	mu       sync.Mutex
@@ -145,10 +148,19 @@ func (s *store) nodeLeaving() bool {
 }
 
 func (s *store) signal() {
+	s.queued.Store(time.Now().UnixNano())
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
+}
+
+// lastQueued gives when the newest change was received that has to reach the kernel; the zero time if there was none.
+func (s *store) lastQueued() time.Time {
+	if at := s.queued.Load(); at != 0 {
+		return time.Unix(0, at)
+	}
+	return time.Time{}
 }
 
 // advance moves a mark forward, never back: only a whole list may do that (a cluster that was restored from a backup).
