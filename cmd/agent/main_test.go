@@ -131,8 +131,8 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%s: %+v, want %+v", file, s, want)
 		}
 	}
-	s := settingsOf(printed(t, "masqueradeAll: true"))
-	if !s.MasqueradeAll || !s.DropInvalid || s.Conntrack != sysctl.DefaultConntrack() {
+	s := settingsOf(printed(t, "masqueradeAll: true\ncountTraffic: true"))
+	if !s.MasqueradeAll || !s.DropInvalid || !s.CountTraffic || s.Conntrack != sysctl.DefaultConntrack() {
 		t.Errorf("got %+v", s)
 	}
 }

@@ -21,6 +21,7 @@ func settingsOf(c *config.AgentConfiguration) agent.Settings {
 		NodeCIDR:      c.DetectLocalMode == config.LocalModeNodeCIDR,
 		MasqueradeAll: c.MasqueradeAll,
 		DropInvalid:   *c.DropInvalid,
+		CountTraffic:  c.CountTraffic,
 		Conntrack: sysctl.Conntrack{
 			MaxPerCore:            *c.Conntrack.MaxPerCore,
 			Min:                   *c.Conntrack.Min,

@@ -98,7 +98,7 @@ logging: {level: loud}
 clusterCIDR: [10.244.0.0/16, 10.244.0.0, 10.1.2.3/16, "fd00::", 10.244.0.0/16]
 `, []string{
 			"metricsBindAdress: Unknown field, did you mean metricsBindAddress?",
-			"nftables: Unknown field, valid here: clientConnection, clusterCIDR, conntrack, detectLocal, detectLocalMode, dropInvalid, enableProfiling, healthzBindAddress, " +
+			"nftables: Unknown field, valid here: clientConnection, clusterCIDR, conntrack, countTraffic, detectLocal, detectLocalMode, dropInvalid, enableProfiling, healthzBindAddress, " +
 				"hostnameOverride, logging, masqueradeAll, metricsBindAddress",
 			"conntrack.maxPerCpu: Unknown field, did you mean conntrack.maxPerCore?",
 			"conntrack.tcpTimeout: Unknown field, did you mean conntrack.udpTimeout?",
@@ -161,6 +161,7 @@ func TestBadControllerFile(t *testing.T) {
 		"namespace: a\nwebhook: {url: 'https://a:70000'}":                  `webhook.url: Invalid value: "https://a:70000": its port must be 1 to 65535`,
 		"namespace: a\nwebhook: {url: 'https://a', bindAddress: '0'}":      `webhook.url: Invalid value: "https://a": must not be given if bindAddress is 0`,
 		"namespace: a\nlogging: {format: xml}":                             `logging.format: Unsupported value: "xml": supported values: "text", "json"`,
+		"namespace: a\nkubeProxy: {handBackGracePeriod: 100ms}":             `kubeProxy.handBackGracePeriod: Invalid value: "100ms": must be from 1s to 1h`,
 		"namespace: a\nleaderElection: {leaderElect: true}":                "",
 		"webhook: {bindAddress: '0'}":                                      "",
 		"webhook: {bindAddress: '0'}\nleaderElection: {leaderElect: true}": "namespace: Required value",
