@@ -1,10 +1,7 @@
 package nftables
 
 import (
-	"cmp"
 	"encoding/binary"
-	"fmt"
-	"hash/fnv"
 	"maps"
 	"slices"
 	"strconv"
@@ -16,52 +13,35 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
-// pin is what a balancer that keeps clients at their endpoints knows of the service. The zero value: it does not.
-type pin struct {
-	// service identifies the Service port: all its frontends find the same pins.
-	service uint64
-	// timeout is how many milliseconds a pin outlives the client's last connection.
-	timeout uint32
-}
+// pin is how many milliseconds a client's pin outlives its last connection. The zero value: no affinity.
+type pin uint32
 
-// pinOf gives the pin of a service with affinity. Two services with the same hash would only take each other's pins for outdated.
-func pinOf(s *forwarding.Service) pin {
-	h := fnv.New64a()
-	fmt.Fprint(h, s.Key) // a hash.Hash never fails
-	return pin{max(h.Sum64(), 1), uint32(max(min(s.Affinity.Milliseconds(), 1<<32-1), 1))}
-}
+func pinOf(s *forwarding.Service) pin { return pin(max(min(s.Affinity.Milliseconds(), 1<<32-1), 1)) }
 
 func (p pin) suffix() string {
-	if p == (pin{}) {
+	if p == 0 {
 		return ""
 	}
-	return fmt.Sprintf("-%016x-%dms", p.service, p.timeout)
+	return "-" + strconv.FormatUint(uint64(p), 10) + "ms"
 }
 
 func cutPin(name string) (rest string, p pin) {
 	rest, timeout, _ := cutLast(strings.TrimSuffix(name, "ms"), "-")
-	rest, service, ok := cutLast(rest, "-")
-	id, err1 := strconv.ParseUint(service, 16, 64)
-	ms, err2 := strconv.ParseUint(timeout, 10, 32)
-	if p = (pin{id, uint32(ms)}); !ok || err1 != nil || err2 != nil || p.suffix() == "" || rest+p.suffix() != name {
-		return name, pin{}
+	ms, err := strconv.ParseUint(timeout, 10, 32)
+	if p = pin(ms); err != nil || p == 0 || rest+p.suffix() != name {
+		return name, 0
 	}
 	return rest, p
 }
 
 const (
 	mapPins = "pins"
-	// pinMaps is how many maps share the pins: the kernel checks each new rule against every other that uses the same map.
-	pinMaps = 16
-	// maxPins bounds the memory of such a map. When it is reached, further clients are forwarded without a pin.
-	maxPins = 1 << 18
+	// maxPins bounds the memory of pins. When it is reached, further clients are forwarded without a pin.
+	maxPins = 1 << 22
 
 	pinSuffix    = "-pin"
 	drawsSuffix  = "-draws"
 	pinnedSuffix = "-pinned"
-
-	// endpointNumber is set in every number of an endpoint.
-	endpointNumber = 1 << 31
 )
 
 // kind says what a balancer's chain is for.
@@ -77,14 +57,11 @@ const (
 
 var kindSuffix = [...]string{"", "-draw", "-translate"}
 
-// mapName is the map in which pins of the service are.
-func (p pin) mapName() string { return mapPins + "." + strconv.FormatUint(p.service%pinMaps, 10) }
-
-// pinSet describes a map from service and client to the number of the client's endpoint. The kernel fills it; we never read it.
-func (f *family) pinSet(name string) *nfnl.Set {
-	s := f.newSet(name, typeInteger, typeInteger, f.addrType)
+// pinSet describes the map from Service port and client to the number of the client's endpoint. The kernel fills it; we never read it.
+func (f *family) pinSet() *nfnl.Set {
+	s := f.newSet(mapPins, typeClassID, f.addrType)
 	s.Map, s.DataType, s.DataLen, s.Dynamic, s.Size = true, typeClassID, 4, true, maxPins
-	s.Userdata = nfnl.Typeof([]nfnl.Field{nfnl.Number, nfnl.Number, f.source}, []nfnl.Field{nfnl.Priority})
+	s.Userdata = nfnl.Typeof([]nfnl.Field{nfnl.Priority, f.source}, []nfnl.Field{nfnl.Priority})
 	return s
 }
 
@@ -118,7 +95,7 @@ func parsePinning(name string) (d door, index int, which string, ok bool) {
 
 // helpers are the balancers that one that pins jumps to.
 func (b balancer) helpers() []balancer {
-	if b.pin == (pin{}) {
+	if b.pin == 0 {
 		return nil
 	}
 	draw, translate := b.helper(drawing), b.helper(translating)
@@ -145,22 +122,29 @@ func (b balancer) drawRules(f *family) []*nfnl.Rule {
 
 // pinRules forward to the endpoint that the client is pinned to, if this frontend still has it; else they draw one and pin it.
 func (b balancer) pinRules(f *family) []*nfnl.Rule {
-	const number = nfnl.R0 + 8 // the key takes at most six registers
+	const number = nfnl.R0 + 8 // the key takes at most five registers
+	// Whose pin it is tell the bits of any number of the Service port.
 	pinKey := func(r *nfnl.Rule) *nfnl.Rule {
-		return r.Constant(nfnl.R0, uint32(b.pin.service>>32)).Constant(nfnl.R0+1, uint32(b.pin.service)).
-			Payload(nfnl.R0+2, unix.NFT_PAYLOAD_NETWORK_HEADER, f.saddrOffset, f.addrLen)
+		return r.Meta(nfnl.R0, unix.NFT_META_PRIORITY).Bitwise(nfnl.R0, nfnl.Host32(numberOwner), nfnl.Host32(0)).
+			Payload(nfnl.R0+1, unix.NFT_PAYLOAD_NETWORK_HEADER, f.saddrOffset, f.addrLen)
 	}
 	remember := func(r *nfnl.Rule) *nfnl.Rule {
-		return pinKey(r).Meta(number, unix.NFT_META_PRIORITY).Remember(b.pin.mapName(), nfnl.R0, number, uint64(b.pin.timeout))
+		return pinKey(r).Meta(number, unix.NFT_META_PRIORITY).Remember(mapPins, nfnl.R0, number, uint64(b.pin))
 	}
 	draw, translate := b.helper(drawing).name(), b.helper(translating).name()
-	pinned := pinKey(nfnl.NewRule()).Map(b.pin.mapName(), nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)
-	rules := []*nfnl.Rule{jump(remember(pinned), translate)}
-	// Twice, because a lookup can miss an element that is replaced at that very moment.
+	var rules []*nfnl.Rule
+	// Twice, as all that looks something up that always is there: a lookup can miss an element that is replaced at that very moment.
+	for range 2 {
+		r := nfnl.NewRule()
+		r.Random(f.loadKey(r, b.door), 1) // the number in slot 0
+		rules = append(rules, r.Map(shardName(b.door, b.shard)+drawsSuffix, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0))
+	}
+	pinned := pinKey(nfnl.NewRule()).Map(mapPins, nfnl.R0, nfnl.R0).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0)
+	rules = append(rules, jump(remember(pinned), translate))
 	for range 2 {
 		rules = append(rules, jump(nfnl.NewRule(), draw),
 			// An element that exists would keep its number. If the map is full, the rule ends here and the next one forwards.
-			remember(pinKey(nfnl.NewRule()).Meta(number, unix.NFT_META_PRIORITY).Forget(b.pin.mapName(), nfnl.R0, number)),
+			remember(pinKey(nfnl.NewRule()).Meta(number, unix.NFT_META_PRIORITY).Forget(mapPins, nfnl.R0, number)),
 			jump(nfnl.NewRule(), translate))
 	}
 	return append(rules, nfnl.NewRule().Verdict(nfnl.Verdict{Code: nfnl.Drop}))
@@ -173,44 +157,12 @@ func (b balancer) translatePinned(f *family) *nfnl.Rule {
 	return r.Map(shardName(b.door, b.shard)+pinnedSuffix, nfnl.R0, nfnl.R0).DNAT(f.proto, nfnl.R0, nfnl.R0+f.words())
 }
 
-// numbers gives the number of the endpoint in each slot, 0 for a hole. It is a hash of the endpoint, so that it is the same for all frontends and after
-// a restart. Endpoints with the same hash are numbered from there on; one of them loses its clients when another goes.
-func (f *family) numbers(s slots) []uint32 {
-	list := make([]uint32, f.slotCount(s))
-	filled := make([]int, 0, len(list))
-	for i := range list {
-		if !empty(f.slot(s, i)) {
-			filled = append(filled, i)
-		}
-	}
-	slices.SortFunc(filled, func(a, b int) int {
-		return cmp.Or(strings.Compare(string(f.slot(s, a)), string(f.slot(s, b))), cmp.Compare(a, b))
-	})
-	used := make(map[uint32]bool, len(filled))
-	for _, i := range filled {
-		h := fnv.New32a()
-		h.Write(f.slot(s, i)) // a hash.Hash never fails
-		n := h.Sum32()
-		for {
-			// All bits set would be listed as a word.
-			n = endpointNumber | n%(endpointNumber-1)
-			if !used[n] {
-				break
-			}
-			n = n - endpointNumber + 1
-		}
-		used[n] = true
-		list[i] = n
-	}
-	return list
-}
-
-// providePins makes the map for a service's pins be there. It stays for good, because pins outlive their service's rules. None is made
-// before it is needed, because the kernel looks sets up by name one after the other, in every transaction.
+// providePins makes the map of pins be there. It stays for good, because pins outlive their service's rules. It is not made before it is needed, because the
+// kernel looks sets up by name one after the other, in every transaction.
 func (m *mirror) providePins(p pin) {
-	if name := p.mapName(); p != (pin{}) && !m.pins[name] {
-		m.pins[name] = true
-		m.tx.addSet(m.pinSet(name))
+	if p != 0 && !m.pins {
+		m.pins = true
+		m.tx.addSet(m.pinSet())
 	}
 }
 
@@ -223,19 +175,27 @@ func (m *mirror) providePinning(d door, s *shard) {
 	}
 }
 
-// changePinned changes the endpoints of a frontend that pins. Numbers are there before and as long as slots lead to them.
-func (m *mirror) changePinned(key frontKey, s *shard, old, next slots) {
-	before, after := m.numbers(old), m.numbers(next)
-	endpoints := func(numbers []uint32, s slots) map[uint32]string {
-		set := make(map[uint32]string, len(numbers))
-		for i, n := range numbers {
-			if n != 0 {
-				set[n] = string(m.slot(s, i))
-			}
+// numberedSlots are slots with the numbers of the endpoints in them.
+type numberedSlots struct {
+	slots   slots
+	numbers []uint32
+}
+
+// endpointsOf gives the endpoints by number.
+func (f *family) endpointsOf(s numberedSlots) map[uint32]string {
+	set := make(map[uint32]string, len(s.numbers))
+	for i, n := range s.numbers {
+		if n != 0 {
+			set[n] = string(f.slot(s.slots, i))
 		}
-		return set
 	}
-	gone, come := endpoints(before, old), endpoints(after, next)
+	return set
+}
+
+// changePinned changes the endpoints of a frontend that pins. Numbers are there before and as long as slots lead to them.
+func (m *mirror) changePinned(key frontKey, s *shard, old, next numberedSlots) {
+	before, after := old.numbers, next.numbers
+	gone, come := m.endpointsOf(old), m.endpointsOf(next)
 	at := func(list []uint32, i int) uint32 {
 		if i < len(list) {
 			return list[i]
@@ -337,22 +297,16 @@ func (m *mirror) adoptPinning(d door, s *shard, set *nfnl.Set, e nfnl.Element, r
 // resolve makes slots of what was read back of a frontend, and deletes what does not fit together.
 func (m *mirror) resolve(key frontKey, p *pinning) {
 	f := m.adopted(key)
-	var list slots
+	var have numberedSlots
 	if f.shard == nil {
-		list = m.consistent(p)
-		f.shard, f.slots, f.pins = p.shard, list, true
+		have = m.consistent(p)
+		f.shard, f.slots, f.numbers, f.pins = p.shard, have.slots, have.numbers, true
 		p.shard.fronts++
 	}
-	numbers := m.numbers(list)
-	fits := map[uint32]string{}
-	for i, n := range numbers {
-		if n != 0 {
-			fits[n] = string(m.slot(list, i))
-			p.shard.elements++
-		}
-	}
+	fits := m.endpointsOf(have)
+	p.shard.elements += len(fits)
 	for _, i := range slices.Sorted(maps.Keys(p.draws)) {
-		if i >= len(numbers) || numbers[i] == 0 {
+		if i >= len(have.numbers) || have.numbers[i] == 0 {
 			m.tx.deleteElement(p.shard.draws, m.slotKey(key, i))
 		}
 	}
@@ -363,29 +317,26 @@ func (m *mirror) resolve(key frontKey, p *pinning) {
 	}
 }
 
-// consistent gives the slots whose numbers are in both maps and are the right ones.
-func (m *mirror) consistent(p *pinning) slots {
-	var f frontend
-	used := map[uint32]bool{}
+// consistent gives the slots whose numbers are in both maps, of one owner, and no endpoint nor number twice.
+func (m *mirror) consistent(p *pinning) numberedSlots {
+	var (
+		f     frontend
+		owner uint32
+		used  = map[any]bool{}
+	)
 	for _, i := range slices.Sorted(maps.Keys(p.draws)) {
 		n := p.draws[i]
 		endpoint, exists := p.pinned[n]
-		if i < maxSlot && exists && !used[n] && !empty([]byte(endpoint)) {
-			used[n] = true
-			m.grow(&f, i+1)
-			copy(m.slot(f.slots, i), endpoint)
+		if i >= maxSlot || !exists || used[n] || used[endpoint] || empty([]byte(endpoint)) || n&numberMark == 0 || owner != 0 && ownerOf(n) != owner {
+			continue
 		}
+		used[n], used[endpoint], owner = true, true, ownerOf(n)
+		m.grow(&f, i+1)
+		copy(m.slot(f.slots, i), endpoint)
+		for len(f.numbers) < m.slotCount(f.slots) {
+			f.numbers = append(f.numbers, 0)
+		}
+		f.numbers[i] = n
 	}
-	for {
-		wrong := false
-		for i, n := range m.numbers(f.slots) {
-			if n != 0 && n != p.draws[i] {
-				wrong = true
-				clear(m.slot(f.slots, i))
-			}
-		}
-		if !wrong {
-			return f.slots
-		}
-	}
+	return numberedSlots{f.slots, f.numbers}
 }

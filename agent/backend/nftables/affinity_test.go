@@ -1,9 +1,11 @@
 package nftables
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -110,37 +112,106 @@ func TestAffinityLeavesNoTrace(t *testing.T) {
 // TestNumbers: numbers are distinct, those of endpoints without a rival do not depend on where they are or who else is there.
 func TestNumbers(t *testing.T) {
 	f := families[0]
+	type front struct {
+		s       slots
+		numbers []uint32
+		of      *numbering
+	}
+	// sorted are the endpoints in slots.
+	sorted := func(s slots) []byte {
+		list := slices.Collect(slices.Chunk(s, 6))
+		slices.SortFunc(list, func(a, b slots) int { return bytes.Compare(a, b) })
+		return slices.Concat(list...)
+	}
 	rapid.Check(t, func(t *rapid.T) {
-		hosts := rapid.SliceOfNDistinct(rapid.Uint16(), 1, 40, rapid.ID).Draw(t, "hosts")
-		list := func(hosts []uint16) slots {
-			var s slots
-			for _, h := range hosts {
-				s = append(s, 10, 0, byte(h>>8), byte(h), 0, 80)
-				s = append(s, make([]byte, 6*rapid.IntRange(0, 1).Draw(t, "hole"))...)
-			}
-			return s
-		}
-		number := func(s slots) map[string]uint32 {
-			all := map[string]uint32{}
-			seen := map[uint32]bool{}
-			for i, n := range f.numbers(s) {
-				if e := f.slot(s, i); empty(e) != (n == 0) || (n != 0 && (seen[n] || n&endpointNumber == 0 || n == 1<<32-1)) {
-					t.Fatalf("slot %x has number %x", e, n)
-				} else if n != 0 {
-					seen[n], all[string(e)] = true, n
+		all := newNumberings()
+		key := func(i int) forwarding.ServiceKey { return forwarding.ServiceKey{Name: fmt.Sprint("s", i), Port: 80} }
+		fronts := map[int]front{} // 0 to 8, three of each Service
+		check := func(before map[string]uint32) map[string]uint32 {
+			now, seen := map[string]uint32{}, map[uint32]string{}
+			for i, fr := range fronts {
+				for j, n := range fr.numbers {
+					e := string(f.slot(fr.s, j))
+					if empty([]byte(e)) != (n == 0) || n != 0 && (n&numberMark == 0 || n == 1<<32-1 || ownerOf(n) != fr.of.owner) {
+						t.Fatalf("slot %x has number %x", e, n)
+					}
+					if n == 0 {
+						continue
+					}
+					id := fmt.Sprint(i/3, " ", e)
+					if was, ok := before[id]; ok && was != n || now[id] != 0 && now[id] != n || seen[n] != "" && seen[n] != id {
+						t.Fatalf("%x: number %x, before %x, of another frontend %x; the number was %q", id, n, was, now[id], seen[n])
+					}
+					now[id], seen[n] = n, id
 				}
 			}
-			return all
+			return now
 		}
-		all, some := number(list(hosts)), number(list(rapid.Permutation(hosts).Draw(t, "order")[:(len(hosts)+1)/2]))
-		for e, n := range some {
-			if all[e] != n {
-				t.Fatalf("%x is %x among all and %x among some", e, all[e], n)
+		before := map[string]uint32{}
+		for range rapid.IntRange(1, 12).Draw(t, "steps") {
+			i := rapid.IntRange(0, 8).Draw(t, "frontend")
+			old := fronts[i]
+			delete(fronts, i)
+			if rapid.IntRange(0, 3).Draw(t, "gone") > 0 {
+				var s slots
+				for _, h := range rapid.SliceOfNDistinct(rapid.ByteMax(60), 1, 30, rapid.ID).Draw(t, "hosts") {
+					s = append(s, 10, 0, 0, h, 0, 80)
+					s = append(s, make([]byte, 6*rapid.IntRange(0, 1).Draw(t, "hole"))...)
+				}
+				n := all.provide(key(i / 3))
+				fronts[i] = front{s, n.take(f, s), n}
+			}
+			if old.of != nil {
+				old.of.give(f, old.s, old.numbers)
+				all.drop(old.of)
+			}
+			before = check(before)
+			if rapid.IntRange(0, 3).Draw(t, "restart") == 0 {
+				read := newNumberings()
+				for i, fr := range fronts {
+					if fr.of, fr.numbers = read.adopt(key(i/3), f, fr.s, fr.numbers, sorted(fr.s)); fr.of == nil {
+						t.Fatalf("frontend %d is not adopted", i)
+					}
+					fronts[i] = fr
+				}
+				all = read
+				before = check(before)
 			}
 		}
+		for i, fr := range fronts {
+			fr.of.give(f, fr.s, fr.numbers)
+			all.drop(fr.of)
+			delete(fronts, i)
+		}
+		if len(all.of)+len(all.owned) > 0 {
+			t.Fatalf("left: %v %v", all.of, all.owned)
+		}
 	})
-	// The same endpoint in two slots, as a broken kernel state may have it, gets two numbers.
-	if n := f.numbers(slots{10, 0, 0, 1, 0, 80, 10, 0, 0, 1, 0, 80}); n[0] == n[1] {
-		t.Errorf("numbers %x", n)
+}
+
+// TestNumberingCollides: where hashes meet, numbers do not; and what belongs to another Service port is not adopted.
+func TestNumberingCollides(t *testing.T) {
+	f := families[0]
+	n := newNumbering(numberMark)
+	var s slots
+	for i := range 2000 { // 30 of them meet
+		s = append(s, 10, 0, byte(i>>8), byte(i), 0, 80)
+	}
+	numbers := n.take(f, s)
+	if distinct := slices.Compact(slices.Sorted(slices.Values(numbers))); len(distinct) != 2000 {
+		t.Errorf("%d numbers for 2000 endpoints", len(distinct))
+	}
+	all := newNumberings()
+	a := all.provide(forwarding.ServiceKey{Name: "a"})
+	mine := a.take(f, s[:6])
+	if n, _ := all.adopt(forwarding.ServiceKey{Name: "b"}, f, s[:6], mine, s[:6]); n != nil {
+		t.Error("a Service port adopted the numbers of another")
+	}
+	owners := map[uint32]bool{a.owner: true}
+	for i := range 3000 {
+		owners[all.provide(forwarding.ServiceKey{Name: fmt.Sprint(i)}).owner] = true
+	}
+	if len(owners) != 3001 {
+		t.Errorf("%d owners for 3001 Service ports", len(owners))
 	}
 }

@@ -51,7 +51,7 @@ func (b balancer) name() string {
 		algorithm = "hash"
 	}
 	suffix := kindSuffix[b.kind]
-	if b.pin != (pin{}) {
+	if b.pin != 0 {
 		suffix = pinSuffix
 	}
 	return shardName(b.door, b.shard) + suffix + "-" + algorithm + "-" + strconv.Itoa(b.size) + masqueradeSuffix[b.masq] + b.pin.suffix()
@@ -88,7 +88,7 @@ func parseBalancer(name string) (b balancer, ok bool) {
 	}
 	name = strings.TrimSuffix(name, pinSuffix)
 	b.door, b.shard, ok = parseShard(name)
-	return b, ok && b.name() == whole && (b.kind == balancing || b.pin == pin{})
+	return b, ok && b.name() == whole && (b.kind == balancing || b.pin == 0)
 }
 
 func cutLast(s, sep string) (before, after string, found bool) {
@@ -116,7 +116,7 @@ func (b balancer) rules(f *family) []*nfnl.Rule {
 	case masqueradeOffCluster:
 		rules = append(rules, jump(nfnl.NewRule(), chainOffCluster))
 	}
-	if b.pin != (pin{}) {
+	if b.pin != 0 {
 		return append(rules, b.pinRules(f)...)
 	}
 	rules = append(rules, b.attempts(f, b.translate)...)

@@ -37,7 +37,7 @@ func TestDrift(t *testing.T) {
 	udp.Key.Name, udp.Affinity = "all-0", 3*time.Hour
 	pinning := balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}.name()
 	allowed := gate{families[0].sourcesOf(someRanges), balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}}.name()
-	number := families[0].numbers(slots{10, 244, 1, 11, 8080 >> 8, 8080 & 0xff})[0]
+	number := newNumberings().provide(udp.Key).take(families[0], slots{10, 244, 1, 11, 8080 >> 8, 8080 & 0xff})[0]
 	second := fmt.Sprintf("10.99.0.1 . udp . 80 . %x:%x", number>>16, number&0xffff)
 	const element = "ip serviceproxy services.0 { 10.99.0.1 . tcp . 80 . %s }"
 	for _, c := range []struct {

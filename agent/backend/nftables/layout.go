@@ -312,7 +312,7 @@ func (f *family) postroutingRules() []*nfnl.Rule {
 	zero := nfnl.Host32(0)
 	return []*nfnl.Rule{
 		// What a pinning balancer left there is of no use any more, and no other's to see.
-		nfnl.NewRule().Meta(nfnl.R0, unix.NFT_META_PRIORITY).Bitwise(nfnl.R0, nfnl.Host32(endpointNumber), zero).Equal(nfnl.R0, nfnl.Host32(endpointNumber)).
+		nfnl.NewRule().Meta(nfnl.R0, unix.NFT_META_PRIORITY).Bitwise(nfnl.R0, nfnl.Host32(numberMark), zero).Equal(nfnl.R0, nfnl.Host32(numberMark)).
 			Load(nfnl.R0, zero).SetMeta(unix.NFT_META_PRIORITY, nfnl.R0),
 		nfnl.NewRule().Meta(nfnl.R0, unix.NFT_META_MARK).Bitwise(nfnl.R0, mark, zero).Equal(nfnl.R0, mark).
 			// The mark goes, so that a tunnel's outer packet, which inherits it, is not masqueraded as well.

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -31,8 +30,9 @@ type mirror struct {
 	doors     map[door]*doorState
 	balancers map[balancer]int // → frontends that use it
 	gates     map[gate]*gateState
-	pins      map[string]bool // names of the maps of pins that there are
-	fronts    map[frontKey]*frontend
+	pins      bool // there is the map of pins
+	numberings
+	fronts map[frontKey]*frontend
 	// rivals are services that want a frontend that another one has: the first by key has it.
 	rivals     map[frontKey][]forwarding.ServiceKey
 	serviceIPs memberSet
@@ -100,15 +100,18 @@ type frontend struct {
 	gate     *gateState // nil if everybody may use it
 	shard    *shard     // nil if slots is empty
 	slots    slots
-	// pins says that the slots are in the shard's draws and pinned rather than in the endpoint map.
-	pins bool
+	// pins says that the slots are in the shard's draws and pinned rather than in the endpoint map, where their endpoints have numbers: by slot, 0 for a hole, as
+	// numbering says. That is nil for what was read back and does not fit; held are the numbers that it counts.
+	pins          bool
+	numbers, held []uint32
+	numbering     *numbering
 	// counted says that its counters are there.
 	counted bool
 }
 
 func newMirror(f *family, ground forwarding.Ground) *mirror {
 	m := &mirror{
-		family: f, plot: f.plot(ground), ranges: f.rangeSet(), chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, pins: map[string]bool{},
+		family: f, plot: f.plot(ground), ranges: f.rangeSet(), chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, numberings: newNumberings(),
 		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
 	}
 	sets := f.staticSets()
@@ -160,9 +163,7 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 		}
 	}
 	chains := append(m.staticChains(m.plot), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
-	for name := range sets {
-		m.pins[name] = strings.HasPrefix(name, mapPins+".")
-	}
+	m.pins = sets[mapPins] != nil
 	for b := range m.balancers {
 		if s := m.shardOf(b); s != nil {
 			m.providePins(b.pin)
@@ -233,6 +234,20 @@ func (m *mirror) claim(svc *forwarding.Service) {
 		}
 		f.owner, f.claimed = svc.Key, true
 		m.count(w.key, f)
+	}
+}
+
+// adoptNumbers lets a service go on with the numbers that were read back of its frontends. Every service must have claimed its frontends before.
+func (m *mirror) adoptNumbers(svc *forwarding.Service) {
+	if svc.Affinity == 0 {
+		return
+	}
+	m.wanted = m.wants(m.wanted[:0], svc, m.plot.serviceIPs())
+	for i := range m.wanted {
+		if f := m.fronts[m.wanted[i].key]; f.owner == svc.Key && f.pins && f.numbering == nil {
+			m.endpoints = m.family.endpoints(m.endpoints[:0], m.wanted[i].target)
+			f.numbering, f.held = m.numberings.adopt(svc.Key, m.family, f.slots, f.numbers, m.endpoints)
+		}
 	}
 }
 
@@ -372,7 +387,7 @@ func (m *mirror) place(f *frontend, w *want) {
 			a = drop
 		}
 		m.setVerdict(w, f, a, balancer{})
-		m.setSlots(w.key, f, nil, f.pins)
+		m.setSlots(w.key, f, nil, nil)
 		m.leaveShard(f)
 		return
 	}
@@ -380,11 +395,12 @@ func (m *mirror) place(f *frontend, w *want) {
 	if f.shard == nil {
 		m.enterShard(f, w.key.door, n)
 	}
-	pins := w.pin != pin{}
-	if pins {
+	var pinning *numbering
+	if w.pin != 0 {
 		m.providePinning(w.key.door, f.shard)
+		pinning = m.numberings.provide(f.owner)
 	}
-	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size), pins)
+	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size), pinning)
 	m.setVerdict(w, f, balance, balancer{door: w.key.door, shard: f.shard.index, hash: w.hash, size: size, masq: w.masq, pin: w.pin})
 }
 
@@ -395,7 +411,7 @@ func (m *mirror) remove(key frontKey, f *frontend) {
 		m.tx.deleteElement(ds.set, m.doorKey(key))
 	}
 	m.unref(f)
-	m.setSlots(key, f, nil, f.pins)
+	m.setSlots(key, f, nil, nil)
 	m.leaveShard(f)
 	m.uncount(key, f)
 	delete(m.fronts, key)
@@ -403,22 +419,31 @@ func (m *mirror) remove(key frontKey, f *frontend) {
 	m.garbage = true
 }
 
-// setSlots changes the endpoints of a frontend element by element.
-func (m *mirror) setSlots(key frontKey, f *frontend, next slots, pins bool) {
-	change := func(pins bool, old, next slots) {
+// setSlots changes the endpoints of a frontend element by element. n gives them numbers if it pins, else it is nil.
+func (m *mirror) setSlots(key frontKey, f *frontend, next slots, n *numbering) {
+	var numbers []uint32
+	if n != nil {
+		numbers = n.take(m.family, next)
+	}
+	change := func(pins bool, old, next numberedSlots) {
 		if pins {
 			m.changePinned(key, f.shard, old, next)
 		} else {
-			m.changeSlots(key, f.shard, old, next)
+			m.changeSlots(key, f.shard, old.slots, next.slots)
 		}
 	}
-	if f.pins == pins {
-		change(pins, f.slots, next)
+	from, to := numberedSlots{f.slots, f.numbers}, numberedSlots{next, numbers}
+	if f.pins == (n != nil) {
+		change(f.pins, from, to)
 	} else {
-		change(pins, nil, next)
-		change(f.pins, f.slots, nil)
+		change(n != nil, numberedSlots{}, to)
+		change(f.pins, from, numberedSlots{})
 	}
-	f.slots, f.pins = next, pins
+	if f.numbering != nil {
+		f.numbering.give(m.family, f.slots, f.held)
+		m.numberings.drop(f.numbering)
+	}
+	f.slots, f.numbers, f.held, f.pins, f.numbering = next, numbers, numbers, n != nil, n
 }
 
 func (m *mirror) changeSlots(key frontKey, s *shard, old, next slots) {

@@ -214,6 +214,11 @@ func (j *job) run(ctx context.Context) (err error) {
 			j.each(func(m *mirror) { m.claim(c.Next) })
 		}
 	}
+	if j.rebuild {
+		for _, c := range j.changes {
+			j.each(func(m *mirror) { m.adoptNumbers(c.Next) })
+		}
+	}
 	// Everything is filled before anything is let go of, so that what moves from one service to another is never missing.
 	for _, c := range j.changes {
 		if c.Next == nil {
@@ -395,7 +400,7 @@ func (f *family) sample(batch *nfnl.Batch) {
 	t := nfnl.Table{Family: f.proto, Name: TableName + "-probe"}
 	anywhere := netip.PrefixFrom(f.loopback.Addr(), 0).Masked()
 	var sets []*nfnl.Set
-	sets = append(sets, f.pinSet(pin{1, 1}.mapName()))
+	sets = append(sets, f.pinSet())
 	cl := class{1, []netip.Prefix{anywhere}}
 	everything := plot{sources: []netip.Prefix{f.loopback}, interfaces: []string{"eth0", "veth*"}, ranges: []netip.Prefix{f.loopback}, dropInvalid: true}
 	chains := append(f.staticChains(everything), f.loopbackGuard())
@@ -411,7 +416,7 @@ func (f *family) sample(batch *nfnl.Batch) {
 		}
 		draws, pinned := f.pinningMaps(d, 0)
 		sets = append(sets, f.endpointMap(d, 0), draws, pinned)
-		pinning := balancer{door: d, size: 2, pin: pin{1, 1}}
+		pinning := balancer{door: d, size: 2, pin: 1}
 		for _, b := range append(pinning.helpers(), pinning) {
 			chains = append(chains, chain{name: b.name(), rules: b.rules(f)})
 		}

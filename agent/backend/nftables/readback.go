@@ -6,8 +6,6 @@ import (
 	"maps"
 	"math/bits"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend/internal/nfnl"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
@@ -87,18 +85,13 @@ func (m *mirror) describe(name string) *nfnl.Set {
 		return m.serviceIPs.set
 	case setHairpin:
 		return m.hairpin.set
+	case mapPins:
+		return m.pinSet()
 	case setRanges:
 		if len(m.plot.ranges) == 0 {
 			return nil
 		}
 		return m.ranges
-	}
-	if number, ok := strings.CutPrefix(name, mapPins+"."); ok {
-		i, err := strconv.ParseUint(number, 10, 8)
-		if s := m.pinSet(pin{service: i}.mapName()); err == nil && s.Name == name {
-			return s
-		}
-		return nil
 	}
 	if d, index, which, ok := parsePinning(name); ok {
 		draws, pinned := m.pinningMaps(d, index)
