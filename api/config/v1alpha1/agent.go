@@ -28,10 +28,10 @@ type AgentConfiguration struct {
 	// enableProfiling serves Go's profiles below /debug/pprof/ at metricsBindAddress. Default: false.
 	EnableProfiling bool `json:"enableProfiling" apply:"live"`
 
-	// detectLocalMode is how the traffic of pods is told from other traffic, which is masqueraded on its way through a service IP and always keeps to
-	// externalTrafficPolicy: ClusterCIDR (its source is in clusterCIDR), NodeCIDR (its source is in the Node's spec.podCIDRs), BridgeInterface (it comes in by
-	// detectLocal.bridgeInterface) or InterfaceNamePrefix (it comes in by an interface whose name begins with detectLocal.interfaceNamePrefix).
-	// Default: ClusterCIDR.
+	// detectLocalMode is how the traffic of pods is told from other traffic. Other traffic is masqueraded on its way through a cluster IP; that of pods to an external address
+	// of a Service with externalTrafficPolicy Local may go to endpoints on other nodes. ClusterCIDR: its source is in clusterCIDR. NodeCIDR: its source is in
+	// the Node's spec.podCIDRs. BridgeInterface: it comes in by detectLocal.bridgeInterface. InterfaceNamePrefix: it comes in by an interface whose name begins with
+	// detectLocal.interfaceNamePrefix. Default: ClusterCIDR.
 	DetectLocalMode LocalMode `json:"detectLocalMode" apply:"live"`
 
 	// detectLocal belongs to detectLocalMode.
