@@ -78,7 +78,7 @@ func Run(ctx context.Context, c Config) error {
 	m := newMetrics(s, c.Version)
 	flows := conntrack.New(c.Log.WithName("conntrack"))
 	flows.Observe = m.reconciled
-	local := localhost.New(c.Log.WithName("localhost"), localhost.Host{Sysctl: sysctl.Kernel})
+	local := localhost.New(c.Log.WithName("localhost"), localhost.Host{Sysctl: sysctl.Node()})
 	defer local.Close()
 	changed := func(prev, next *forwarding.Service) {
 		if c.Conntrack != nil {
