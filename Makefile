@@ -42,8 +42,9 @@ build: ## Build serviceproxy-controller and serviceproxy-agent into the folder B
 	go build -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN)/serviceproxy-controller ./cmd/controller
 	go build -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN)/serviceproxy-agent ./cmd/agent
 
-generate: ## Generate Go code from the API types.
+generate: ## Generate Go code from the API types, and the page about configuration files.
 	go tool controller-gen object:headerFile=hack/boilerplate.go.txt paths=./api/...
+	go run ./hack/configdocs > docs/configuration.md
 
 manifests: ## Generate the CRDs and the controller's role.
 	go tool controller-gen crd paths=./api/... output:crd:dir=config/crd/bases

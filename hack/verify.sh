@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 make --no-print-directory generate manifests
-generated=(api config/crd/bases config/rbac/role.yaml)
+generated=(api config/crd/bases config/rbac/role.yaml docs/configuration.md)
 git diff --exit-code -- "${generated[@]}" || { echo "verify: generated files were out of date; they are up to date now: commit them" >&2; exit 1; }
 untracked=$(git ls-files --others --exclude-standard -- "${generated[@]}")
 [ -z "$untracked" ] || { echo "verify: generated files are not committed: $untracked" >&2; exit 1; }
