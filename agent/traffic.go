@@ -67,9 +67,8 @@ func (t *trafficMetrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		defer z.Close()
 		out = z
 	}
-	buf := bufio.NewWriterSize(out, 64<<10)
-	writeTraffic(buf, list)
-	buf.Flush() // if it fails, there is nobody left to tell
+	// If it fails, there is nobody left to tell.
+	_ = writeTraffic(bufio.NewWriterSize(out, 64<<10), list)
 }
 
 // trafficFamilies are the metrics of a service: each gives its series, by direction if it has any.
@@ -87,36 +86,39 @@ var trafficFamilies = []struct {
 }
 
 // writeTraffic writes the series. Namespaces and names of Services have nothing to escape.
-func writeTraffic(w *bufio.Writer, list []backend.Traffic) {
-	var number []byte
+func writeTraffic(w *bufio.Writer, list []backend.Traffic) error {
+	var line []byte
 	for _, f := range trafficFamilies {
-		w.WriteString("# HELP " + f.name + " " + f.help + "\n# TYPE " + f.name + " counter\n")
-		series := func(t backend.Traffic, direction string, v backend.Volume) {
-			w.WriteString(f.name)
-			w.WriteString(`{namespace="`)
-			w.WriteString(t.Service.Namespace)
-			w.WriteString(`",service="`)
-			w.WriteString(t.Service.Name)
-			w.WriteString(`",port="`)
-			number = strconv.AppendUint(number[:0], uint64(t.Service.Port), 10)
-			w.Write(number)
-			w.WriteString(`",protocol="`)
-			w.WriteString(t.Service.Protocol.String())
-			if direction != "" {
-				w.WriteString(`",direction="`)
-				w.WriteString(direction)
-			}
-			w.WriteString(`"} `)
-			number = strconv.AppendUint(number[:0], f.value(t, v), 10)
-			w.Write(append(number, '\n'))
-		}
+		line = append(line, "# HELP "+f.name+" "+f.help+"\n# TYPE "+f.name+" counter\n"...)
 		for _, t := range list {
-			if !f.directed {
-				series(t, "", backend.Volume{})
-				continue
+			if f.directed {
+				line = appendSeries(line, f.name, t.Service, "original", f.value(t, t.Original))
+				line = appendSeries(line, f.name, t.Service, "reply", f.value(t, t.Reply))
+			} else {
+				line = appendSeries(line, f.name, t.Service, "", f.value(t, backend.Volume{}))
 			}
-			series(t, "original", t.Original)
-			series(t, "reply", t.Reply)
+			if _, err := w.Write(line); err != nil {
+				return err
+			}
+			line = line[:0]
 		}
 	}
+	if _, err := w.Write(line); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+// appendSeries appends one line; a direction of "" is left out.
+func appendSeries(line []byte, name string, k forwarding.ServiceKey, direction string, value uint64) []byte {
+	line = append(line, name...)
+	line = append(append(line, `{namespace="`...), k.Namespace...)
+	line = append(append(line, `",service="`...), k.Name...)
+	line = strconv.AppendUint(append(line, `",port="`...), uint64(k.Port), 10)
+	line = append(append(line, `",protocol="`...), k.Protocol.String()...)
+	if direction != "" {
+		line = append(append(line, `",direction="`...), direction...)
+	}
+	line = strconv.AppendUint(append(line, `"} `...), value, 10)
+	return append(line, '\n')
 }

@@ -77,8 +77,8 @@ func collectMetrics(dir string, into map[string]string) error {
 		ast.Inspect(file, func(n ast.Node) bool {
 			switch n := n.(type) {
 			case *ast.BasicLit:
-				if name := literal(n); metricName.MatchString(name) {
-					into[name] = into[name] // of unknown type, unless it is known already
+				if name := literal(n); metricName.MatchString(name) && into[name] == "" {
+					into[name] = "" // of a type that is told elsewhere
 				}
 			case *ast.CallExpr:
 				typ, ok := prefixed[lastName(n.Fun)]

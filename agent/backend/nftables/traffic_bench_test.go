@@ -51,7 +51,7 @@ func BenchmarkCountedChange(b *testing.B) {
 				extra := benchService(20_000, 0, 10)
 				var took []time.Duration
 				for i := 0; b.Loop(); i++ {
-					next := prev
+					var next forwarding.State
 					switch {
 					case change == "endpoint":
 						next = prev.With(benchService(1234, i%2, 10))

@@ -113,7 +113,7 @@ func (l *ledger) retain(m *mirror, s forwarding.State) {
 		}
 	}
 	for k := range l.totals {
-		if s.Get(k) == nil {
+		if s.Get(k) == nil || !m.plot.countTraffic {
 			delete(l.totals, k)
 		}
 	}

@@ -185,7 +185,10 @@ func TestTrafficNeverFalls(t *testing.T) {
 	if err != nil || strings.Contains(list, "traffic") || strings.Contains(list, "counter") {
 		t.Errorf("not switched off: %v\n%s", err, list)
 	}
+	total = 0
+	expectTotal(t, next, s.Key, 0)
 	apply(t, next, &off, with)
+	expectTotal(t, next, s.Key, 0)
 	call(next, service)
 }
 
