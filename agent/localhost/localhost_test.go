@@ -32,7 +32,7 @@ const (
 
 // bench is a node with endpoints at addresses of its own.
 type bench struct {
-	*testing.T
+	testing.TB
 	*Proxy
 	ns *netns.NS
 
@@ -40,8 +40,8 @@ type bench struct {
 	logs []string
 }
 
-func newBench(t *testing.T, change func(*limits)) *bench {
-	b := &bench{T: t, ns: netns.NewT(t)}
+func newBench(t testing.TB, change func(*limits)) *bench {
+	b := &bench{TB: t, ns: netns.NewT(t)}
 	for _, script := range []string{"ip addr add fd00::1/128 dev lo nodad", "ip addr add fd00::2/128 dev lo nodad"} {
 		if _, err := b.ns.Run("sh", "-c", script); err != nil {
 			t.Fatal(err)
@@ -91,7 +91,7 @@ func (b *bench) serve(at string) net.Listener {
 	if err := b.ns.Do(func() (err error) { l, err = net.Listen("tcp", at); return err }); err != nil {
 		b.Fatal(err)
 	}
-	b.T.Cleanup(func() { l.Close() })
+	b.Cleanup(func() { l.Close() })
 	go func() {
 		for {
 			c, err := l.Accept()
@@ -117,7 +117,7 @@ func (b *bench) serveUDP(at string) net.PacketConn {
 	if err := b.ns.Do(func() (err error) { c, err = net.ListenPacket("udp", at); return err }); err != nil {
 		b.Fatal(err)
 	}
-	b.T.Cleanup(func() { c.Close() })
+	b.Cleanup(func() { c.Close() })
 	go func() {
 		buf := make([]byte, maxDatagram)
 		for {
@@ -138,7 +138,7 @@ func (b *bench) dial(network string) (net.Conn, error) {
 		return err
 	})
 	if err == nil {
-		b.T.Cleanup(func() { c.Close() })
+		b.Cleanup(func() { c.Close() })
 		err = c.SetDeadline(time.Now().Add(patience))
 	}
 	return c, err
@@ -504,4 +504,29 @@ func TestAffinityLastsItsTime(t *testing.T) {
 			t.Error("an endpoint that is gone is tried")
 		}
 	})
+}
+
+// BenchmarkTCP is what a byte costs on its way to an endpoint and back.
+func BenchmarkTCP(b *testing.B) {
+	const chunk = 1 << 20
+	t := newBench(b, nil)
+	t.serve("[fd00::1]:80")
+	t.Changed(nil, service(forwarding.TCP, "[fd00::1]:80"))
+	c, r, _ := t.greeted()
+	if err := c.SetDeadline(time.Time{}); err != nil {
+		b.Fatal(err)
+	}
+	data := make([]byte, chunk)
+	b.SetBytes(chunk)
+	var before, after syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &before)
+	for b.Loop() {
+		go func() { _, _ = c.Write(data) }()
+		if _, err := io.CopyN(io.Discard, r, chunk); err != nil {
+			b.Fatal(err)
+		}
+	}
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &after)
+	cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+	b.ReportMetric(cpu.Seconds()*float64(1<<30)/float64(b.N)/chunk, "cpu-s/GiB")
 }
