@@ -11,7 +11,8 @@ type Node struct {
 	Addrs []netip.Addr
 }
 
-// Packet is the first packet of a connection as it reaches the node or leaves one of its own sockets.
+// Packet is the first packet of a connection as it reaches the node or leaves one of its own sockets. One of a protocol that has no ports, such as an ICMP
+// echo request, is for no service: at a service IP it is refused like an unused port, elsewhere it passes.
 type Packet struct {
 	Protocol    Protocol
 	Source      netip.Addr

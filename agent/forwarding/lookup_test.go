@@ -30,6 +30,18 @@ func shop(change func(*Service)) State {
 	return State{}.On(pods).With(s)
 }
 
+func TestLookupOfProtocolsWithoutPorts(t *testing.T) {
+	const icmp Protocol = 1
+	ground := pods
+	ground.Ranges = []netip.Prefix{netip.MustParsePrefix("10.99.0.0/16")}
+	for to, want := range map[string]Fate{"10.99.0.1": Rejected, "10.99.0.2": Dropped, "198.51.100.7": Passed, "10.0.0.1": Passed, "10.244.1.2": Passed} {
+		p := Packet{Protocol: icmp, Source: podHere, Destination: netip.AddrPortFrom(addr(to), 0)}
+		if v := shop(nil).On(ground).Lookup(home, p); v.Fate != want {
+			t.Errorf("to %s: %s, want %s", to, v.Fate, want)
+		}
+	}
+}
+
 func TestLookup(t *testing.T) {
 	local := func(s *Service) {
 		s.PreserveSource, s.External = true, Target{Endpoints: []Endpoint{near}}

@@ -2,7 +2,6 @@ package backendtest
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -67,27 +66,7 @@ func (l *Lab) addReplicas() {
 	l.sh(l.node, here.String())
 	for _, name := range replicasOf("b", replicas) {
 		for _, a := range find(name).addrs {
-			if err := l.serveReplica(name, netip.AddrPortFrom(a, serverPort)); err != nil {
-				l.Fatal(err)
-			}
+			l.answer(l.space(name), name, netip.AddrPortFrom(a, serverPort))
 		}
 	}
-}
-
-func (l *Lab) serveReplica(name string, at netip.AddrPort) error {
-	return l.space(name).Do(func() error {
-		tcp, err := net.Listen("tcp", at.String())
-		if err != nil {
-			return err
-		}
-		l.Cleanup(func() { tcp.Close() })
-		udp, err := net.ListenPacket("udp", at.String())
-		if err != nil {
-			return err
-		}
-		l.Cleanup(func() { udp.Close() })
-		go acceptAll(tcp, name)
-		go answerAll(udp, name)
-		return nil
-	})
 }
