@@ -32,8 +32,10 @@ type cluster struct {
 	marker marker
 }
 
-// serviceRanges hold all service IPs of the lab. The first address of the first is the kubernetes Service's.
-const serviceRanges = "10.96.0.0/12,fd00:99::/108"
+// serviceRanges are the API server's own, which the lab does not use: their first address is the kubernetes Service's. labRanges hold the lab's service IPs.
+const serviceRanges = "10.100.0.0/24,fd00:100::/108"
+
+var labRanges = []string{"10.99.0.0/16", "fd00:99::/64"}
 
 // startCluster starts an API server, and writes a kubeconfig with which it is reached at an address where a relay listens.
 func startCluster(kubeconfig, relayAddress string) (_ *cluster, err error) {
@@ -62,7 +64,32 @@ func startCluster(kubeconfig, relayAddress string) (_ *cluster, err error) {
 	out.AuthInfos["lab"] = &clientcmdapi.AuthInfo{ClientCertificateData: u.CertData, ClientKeyData: u.KeyData}
 	out.Contexts["lab"] = &clientcmdapi.Context{Cluster: "lab", AuthInfo: "lab"}
 	out.CurrentContext = "lab"
-	return c, clientcmd.WriteToFile(*out, kubeconfig)
+	return c, errors.Join(clientcmd.WriteToFile(*out, kubeconfig), c.declareRanges())
+}
+
+// declareRanges declares the lab's ranges, does what kube-controller-manager would do to make them ready, and waits until the API server takes addresses of them.
+func (c *cluster) declareRanges() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	ranges := &networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "lab"}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: labRanges}}
+	if err := c.client.Create(ctx, ranges); err != nil {
+		return err
+	}
+	ranges.Status.Conditions = []metav1.Condition{{Type: networkingv1.ServiceCIDRConditionReady, Status: metav1.ConditionTrue, Reason: "Lab", LastTransitionTime: metav1.Now()}}
+	if err := c.client.Status().Update(ctx, ranges); err != nil {
+		return err
+	}
+	for {
+		err := c.client.Create(ctx, markerObjects(firstMarker)[0], client.DryRunAll)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the API server does not take addresses of the lab's ranges: %w", err)
+		case <-time.After(interval):
+		}
+	}
 }
 
 func (c *cluster) address() string {
@@ -218,7 +245,7 @@ type marker struct {
 }
 
 var firstMarker = marker{
-	service:  [2]netip.Addr{netip.MustParseAddr("10.111.255.254"), netip.MustParseAddr("fd00:99::f:fffe")},
+	service:  [2]netip.Addr{netip.MustParseAddr("10.99.255.254"), netip.MustParseAddr("fd00:99::f:fffe")},
 	endpoint: [2]netip.Addr{netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("2001:2::1")},
 	port:     1024,
 }
@@ -232,22 +259,7 @@ func (c *cluster) mark(ctx context.Context) error {
 	if c.marker.port++; c.marker.port > 60000 {
 		c.marker.port = firstMarker.port
 	}
-	m := c.marker
-	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceDefault, Name: "marker"}}
-	svc.Spec.ClusterIPs = []string{m.service[0].String(), m.service[1].String()}
-	svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
-	svc.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}
-	svc.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyRequireDualStack)
-	svc.Spec.Ports = []corev1.ServicePort{{Protocol: corev1.ProtocolTCP, Port: int32(m.port)}}
-	objects := []client.Object{svc}
-	for family, kind := range []discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6} {
-		objects = append(objects, &discoveryv1.EndpointSlice{
-			ObjectMeta:  metav1.ObjectMeta{Namespace: svc.Namespace, Name: "marker-" + strings.ToLower(string(kind)), Labels: map[string]string{discoveryv1.LabelServiceName: svc.Name}},
-			AddressType: kind, Endpoints: []discoveryv1.Endpoint{{Addresses: []string{m.endpoint[family].String()}}},
-			Ports: []discoveryv1.EndpointPort{{Name: new(""), Protocol: new(corev1.ProtocolTCP), Port: new(int32(m.port))}},
-		})
-	}
-	for _, o := range objects {
+	for _, o := range markerObjects(c.marker) {
 		if first {
 			if err := c.client.Create(ctx, o); err != nil {
 				return fmt.Errorf("marker: %w", err)
@@ -264,4 +276,23 @@ func (c *cluster) mark(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// markerObjects gives the Service of a marker and its EndpointSlices.
+func markerObjects(m marker) []client.Object {
+	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceDefault, Name: "marker"}}
+	svc.Spec.ClusterIPs = []string{m.service[0].String(), m.service[1].String()}
+	svc.Spec.ClusterIP = svc.Spec.ClusterIPs[0]
+	svc.Spec.IPFamilies = []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}
+	svc.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyRequireDualStack)
+	svc.Spec.Ports = []corev1.ServicePort{{Protocol: corev1.ProtocolTCP, Port: int32(m.port)}}
+	objects := []client.Object{svc}
+	for family, kind := range []discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6} {
+		objects = append(objects, &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Namespace: svc.Namespace, Name: "marker-" + strings.ToLower(string(kind)), Labels: map[string]string{discoveryv1.LabelServiceName: svc.Name}},
+			AddressType: kind, Endpoints: []discoveryv1.Endpoint{{Addresses: []string{m.endpoint[family].String()}}},
+			Ports: []discoveryv1.EndpointPort{{Name: new(""), Protocol: new(corev1.ProtocolTCP), Port: new(int32(m.port))}},
+		})
+	}
+	return objects
 }

@@ -113,7 +113,8 @@ func (p *kubeProxy) Break() error {
 	p.lost = true
 	script := "nft delete table ip kube-proxy; nft delete table ip6 kube-proxy"
 	if p.mode == "iptables" {
-		script = "for t in iptables ip6tables; do $t -t nat -F; $t -t nat -X; done"
+		// It may be writing at the same time, then a chain that is to go is used again.
+		script = "for t in iptables ip6tables; do for i in $(seq 20); do $t -t nat -F && $t -t nat -X && break; test $i -lt 20; done; done"
 	}
 	if _, err := p.node.Run("sh", "-ec", script); err != nil {
 		return err

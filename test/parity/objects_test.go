@@ -3,7 +3,6 @@ package parity
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -24,14 +23,10 @@ func nodeOf(w backendtest.World) *corev1.Node {
 	return n
 }
 
-// serviceCIDRs are the declared ranges, as far as they are not in those that the API server has anyway.
+// serviceCIDRs are the declared ranges, but for those of which the lab's service IPs are: they are declared anyway.
 func serviceCIDRs(w backendtest.World) (out []*networkingv1.ServiceCIDR) {
 	for i, r := range w.Ground.Ranges {
-		within := slices.ContainsFunc(strings.Split(serviceRanges, ","), func(s string) bool {
-			p := netip.MustParsePrefix(s)
-			return p.Overlaps(r) && p.Bits() <= r.Bits()
-		})
-		if !within {
+		if !slices.Contains(labRanges, r.String()) {
 			out = append(out, &networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("declared-%d", i)}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{r.String()}}})
 		}
 	}
@@ -110,8 +105,8 @@ func (p *kubeProxy) configOf(w backendtest.World) (map[string]any, error) {
 		"mode": p.mode, "iptables": pace, "nftables": pace, "hostnameOverride": w.Node.Name,
 		"clientConnection":   map[string]any{"kubeconfig": p.dir + "/kubeconfig", "qps": 1000, "burst": 1000},
 		"healthzBindAddress": "127.0.0.1:10256", "metricsBindAddress": "127.0.0.1:10249", "nodePortAddresses": addresses, "oomScoreAdj": 0,
-		// Nothing of what belongs to the whole machine.
-		"conntrack": map[string]any{"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s", "tcpBeLiberal": !w.Ground.DropInvalid},
+		// Nothing of what belongs to the whole machine. tcpBeLiberal would have connection tracking find nothing invalid.
+		"conntrack": map[string]any{"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s", "tcpBeLiberal": false},
 	}
 	pods := w.Ground.Pods
 	switch {

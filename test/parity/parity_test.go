@@ -123,7 +123,8 @@ func judge(t *testing.T, c column, found *results) {
 	}
 	backendtest.Judge(t, c.start, lenience, func(r backendtest.Result) {
 		found.add(c.name, r)
-		t.Logf("%s: %s after %.1f s and %d tries: %s", c.name, r.Outcome, r.Took.Seconds(), r.Tries, r.Row)
+		first, _, _ := strings.Cut(r.Log, "\n")
+		t.Logf("%s: %s after %.1f s and %d tries: %s: %s", c.name, r.Outcome, r.Took.Seconds(), r.Tries, r.Row, first)
 		switch doomed := reasonFor(c.name, r.Row) != nil; {
 		case r.Outcome != backendtest.Kept && !doomed:
 			t.Errorf("%s, %q: %s\n%s", c.name, r.Row, r.Outcome, r.Log)
