@@ -36,6 +36,8 @@ func define(flags *flag.FlagSet, c *config.ControllerConfiguration) map[string]s
 	flags.Var(configuration.Address{To: &c.Webhook.BindAddress}, "webhook-bind-address",
 		"address where API servers reach the admission webhook, empty or 0 for none: the webhook's configuration is taken away then")
 	flags.StringVar(&c.Webhook.URL, "webhook-url", c.Webhook.URL, "https://HOST:PORT of the webhook as API servers reach it, for a controller outside of the cluster; default: the Service serviceproxy-webhook")
+	flags.DurationVar(&c.KubeProxy.HandBackGracePeriod.Duration, "hand-back-grace-period", c.KubeProxy.HandBackGracePeriod.Duration,
+		"for how long nodes still forward a Service that was handed back to kube-proxy: longer than kube-proxy's full sync takes")
 	flags.Var(verbosity{&c.Logging.Level}, "v", "log verbosity: 0, or 1 for debugging")
 	return map[string]string{
 		"kubeconfig":                "clientConnection.kubeconfig",
@@ -45,6 +47,7 @@ func define(flags *flag.FlagSet, c *config.ControllerConfiguration) map[string]s
 		"health-probe-bind-address": "healthzBindAddress",
 		"webhook-bind-address":      "webhook.bindAddress",
 		"webhook-url":               "webhook.url",
+		"hand-back-grace-period":    "kubeProxy.handBackGracePeriod",
 		"v":                         "logging.level",
 	}
 }

@@ -84,7 +84,7 @@ func run(ctx context.Context, args []string) error {
 	if err := checkCRDs(mgr.GetRESTMapper()); err != nil {
 		return err
 	}
-	if err := controllers.SetupWithManager(mgr, controllers.Options{Namespace: c.Namespace, Admission: servesWebhook(c)}); err != nil {
+	if err := controllers.SetupWithManager(mgr, controllers.Options{Namespace: c.Namespace, Admission: servesWebhook(c), HandBackGrace: c.KubeProxy.HandBackGracePeriod.Duration}); err != nil {
 		return err
 	}
 	if err := programmed.SetupWithManager(mgr, programmed.Options{}); err != nil {

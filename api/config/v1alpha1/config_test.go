@@ -161,7 +161,7 @@ func TestBadControllerFile(t *testing.T) {
 		"namespace: a\nwebhook: {url: 'https://a:70000'}":                  `webhook.url: Invalid value: "https://a:70000": its port must be 1 to 65535`,
 		"namespace: a\nwebhook: {url: 'https://a', bindAddress: '0'}":      `webhook.url: Invalid value: "https://a": must not be given if bindAddress is 0`,
 		"namespace: a\nlogging: {format: xml}":                             `logging.format: Unsupported value: "xml": supported values: "text", "json"`,
-		"namespace: a\nkubeProxy: {handBackGracePeriod: 100ms}":             `kubeProxy.handBackGracePeriod: Invalid value: "100ms": must be from 1s to 1h`,
+		"namespace: a\nkubeProxy: {handBackGracePeriod: 100ms}":            `kubeProxy.handBackGracePeriod: Invalid value: "100ms": must be from 1s to 1h`,
 		"namespace: a\nleaderElection: {leaderElect: true}":                "",
 		"webhook: {bindAddress: '0'}":                                      "",
 		"webhook: {bindAddress: '0'}\nleaderElection: {leaderElect: true}": "namespace: Required value",

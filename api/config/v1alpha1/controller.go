@@ -33,8 +33,18 @@ type ControllerConfiguration struct {
 	// webhook is where API servers ask about Services that are created and changed.
 	Webhook Webhook `json:"webhook"`
 
+	// kubeProxy says how Services are moved from kube-proxy and back.
+	KubeProxy KubeProxy `json:"kubeProxy"`
+
 	// logging says what is logged.
 	Logging Logging `json:"logging"`
+}
+
+// KubeProxy says how Services are moved from kube-proxy and back.
+type KubeProxy struct {
+	// handBackGracePeriod is for how long nodes still forward a Service that was handed back, so that kube-proxy has time to forward it: longer than kube-proxy's full sync takes.
+	// From 1s to 1h. Default: 30s.
+	HandBackGracePeriod Duration `json:"handBackGracePeriod"`
 }
 
 // LeaderElection lets several replicas run.

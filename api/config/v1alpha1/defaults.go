@@ -49,5 +49,6 @@ func (c *ControllerConfiguration) SetDefaults() {
 	c.HealthzBindAddress = cmp.Or(c.HealthzBindAddress, ":8081")
 	c.MetricsBindAddress = cmp.Or(c.MetricsBindAddress, ":8080")
 	c.Webhook.BindAddress = cmp.Or(c.Webhook.BindAddress, ":9443")
+	c.KubeProxy.HandBackGracePeriod = cmp.Or(c.KubeProxy.HandBackGracePeriod, Duration{30 * time.Second})
 	c.Logging.setDefaults()
 }

@@ -140,6 +140,9 @@ func (c *ControllerConfiguration) Validate() field.ErrorList {
 	wrong = append(wrong, checkAddress(field.NewPath("healthzBindAddress"), c.HealthzBindAddress, 0)...)
 	wrong = append(wrong, checkAddress(field.NewPath("metricsBindAddress"), c.MetricsBindAddress, 0)...)
 	wrong = append(wrong, c.Webhook.validate(field.NewPath("webhook"))...)
+	if grace := c.KubeProxy.HandBackGracePeriod.Duration; grace < time.Second || grace > time.Hour {
+		wrong = append(wrong, field.Invalid(field.NewPath("kubeProxy", "handBackGracePeriod"), grace.String(), "must be from 1s to 1h"))
+	}
 	return append(wrong, c.Logging.validate(field.NewPath("logging"))...)
 }
 
