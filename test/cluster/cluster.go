@@ -50,6 +50,8 @@ type Options struct {
 	Nodes int
 	// Proxy starts the controller, and the agent on each node.
 	Proxy bool
+	// KubeProxy makes a kube-proxy of this mode, nftables or iptables, for each node, and the agents leave it its ports. It is for the test to start. Empty: there is none.
+	KubeProxy string
 	// ControllerArgs and AgentArgs are added to their command lines.
 	ControllerArgs, AgentArgs []string
 	// NodeMonitorGracePeriod is how long a node may be silent before it is Unknown. Default: Kubernetes' 50 s.
@@ -224,11 +226,11 @@ func (c *Cluster) close() error {
 	return errors.Join(errs...)
 }
 
-// proxyProcesses are the controller and the agents, as far as there are any yet.
+// proxyProcesses are the controller, the agents and kube-proxies, as far as there are any yet.
 func (c *Cluster) proxyProcesses() []*Process {
 	all := []*Process{c.Controller}
 	for _, n := range c.Nodes {
-		all = append(all, n.Agent)
+		all = append(all, n.Agent, n.KubeProxy)
 	}
 	return slices.DeleteFunc(all, func(p *Process) bool { return p == nil })
 }
@@ -257,6 +259,9 @@ func (o Options) complete() (Options, error) {
 	}
 	if o.Nodes < 0 || o.Nodes > maxNodes {
 		return o, fmt.Errorf("%d nodes: must be 1 to %d", o.Nodes, maxNodes)
+	}
+	if o.KubeProxy != "" && o.KubeProxy != "nftables" && o.KubeProxy != "iptables" {
+		return o, fmt.Errorf("kube-proxy's mode %q: must be nftables or iptables", o.KubeProxy)
 	}
 	if o.NodeMonitorGracePeriod == 0 {
 		o.NodeMonitorGracePeriod = 50 * time.Second

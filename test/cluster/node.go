@@ -10,6 +10,7 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 
+	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/controlplane"
 	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/kubelet"
 	"github.com/serviceproxy/serviceproxy-operator/test/cluster/internal/process"
 	"github.com/serviceproxy/serviceproxy-operator/test/netns"
@@ -27,6 +28,8 @@ type Node struct {
 	Kubeconfig string
 	// Agent runs inside NS.
 	Agent *Process
+	// KubeProxy runs inside NS once the test starts it; nil without Options.KubeProxy.
+	KubeProxy *Process
 
 	cluster *Cluster
 	kubelet *kubelet.Kubelet
@@ -43,6 +46,9 @@ func (n *Node) SetReady(ctx context.Context, ready bool) error { return n.kubele
 func (n *Node) PowerOff() error {
 	err := n.cluster.fabric.SetCable(n.Name, false)
 	err = errors.Join(err, n.Agent.Kill())
+	if n.KubeProxy != nil {
+		err = errors.Join(err, n.KubeProxy.Kill())
+	}
 	n.off()
 	<-n.gone
 	return err
@@ -58,6 +64,9 @@ func (n *Node) prepare(client kubernetes.Interface, factory informers.SharedInfo
 	args := append([]string{
 		"--node-name=" + n.Name, "--kubeconfig=" + n.Kubeconfig, "--cluster-cidr=" + strings.Join(clusterCIDRs, ","),
 	}, c.options.AgentArgs...)
+	if c.options.KubeProxy != "" { // as in config/agent
+		args = append([]string{"--health-bind-address=:10266", "--metrics-bind-address=127.0.0.1:10269"}, args...)
+	}
 	n.Agent = process.New(c.spawner, process.Spec{
 		Name:    "agent on " + n.Name,
 		Command: c.program("agent", args...),
@@ -65,6 +74,9 @@ func (n *Node) prepare(client kubernetes.Interface, factory informers.SharedInfo
 		NS:      n.NS,
 		Crashed: c.options.Crashed,
 	})
+	if err := n.prepareKubeProxy(); err != nil {
+		return err
+	}
 	n.kubelet, err = kubelet.New(kubelet.Node{Name: n.Name, NS: n.NS, Addresses: n.Addresses, PodCIDRs: n.PodCIDRs},
 		client, factory, c.log, c.podChanged)
 	if err != nil {
@@ -72,6 +84,32 @@ func (n *Node) prepare(client kubernetes.Interface, factory informers.SharedInfo
 	}
 	n.relay, err = newRelay(n.NS, c.plane.Port())
 	return err
+}
+
+// prepareKubeProxy makes the node's kube-proxy, if there is to be one. Conntrack's limits, which are the machine's and not the node's, it leaves alone.
+func (n *Node) prepareKubeProxy() error {
+	c := n.cluster
+	if c.options.KubeProxy == "" {
+		return nil
+	}
+	kubeconfig := filepath.Join(c.Dir, n.Name+".kube-proxy.kubeconfig")
+	if err := c.plane.WriteKubeconfig(kubeconfig, controlplane.User{Name: "system:kube-proxy"}, relayPort); err != nil {
+		return err
+	}
+	n.KubeProxy = process.New(c.spawner, process.Spec{
+		Name: "kube-proxy on " + n.Name,
+		Command: func(context.Context) ([]string, error) {
+			return []string{
+				filepath.Join(c.Assets, "kube-proxy"), "--kubeconfig=" + kubeconfig, "--hostname-override=" + n.Name, "--proxy-mode=" + c.options.KubeProxy,
+				"--cluster-cidr=" + strings.Join(clusterCIDRs, ","), "--conntrack-max-per-core=0", "--conntrack-min=0",
+				"--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0",
+			}, nil
+		},
+		LogFile: filepath.Join(c.LogDir(), "kube-proxy-"+n.Name+".log"),
+		NS:      n.NS,
+		Crashed: c.options.Crashed,
+	})
+	return nil
 }
 
 // powerOn runs the kubelet until the context ends.
