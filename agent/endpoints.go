@@ -57,9 +57,14 @@ func serving(groups ...map[string]http.Handler) http.Handler {
 			there = append(there, path)
 		}
 	}
-	slices.Sort(there)
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		http.Error(w, fmt.Sprintf("there is no %s here, there are: %s", r.URL.Path, strings.Join(there, " ")), http.StatusNotFound)
-	})
+	mux.HandleFunc("/", notThere(there))
 	return mux
+}
+
+// notThere answers with the list of paths that there are.
+func notThere(paths []string) http.HandlerFunc {
+	there := strings.Join(slices.Sorted(slices.Values(paths)), " ")
+	return func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, fmt.Sprintf("there is no %s here, there are: %s", r.URL.Path, there), http.StatusNotFound)
+	}
 }

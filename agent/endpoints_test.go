@@ -44,6 +44,9 @@ func TestWhatIsNotServedNamesWhatIs(t *testing.T) {
 	if code, body := ask(h, "/proxymode"); code != http.StatusNotFound || !strings.Contains(body, "/proxymode") || !strings.Contains(body, "/configz /proxyMode") {
 		t.Errorf("got %d %q", code, body)
 	}
+	if code, body := ask((&health{}).handler(), "/health"); code != http.StatusNotFound || !strings.Contains(body, "/healthz /livez /readyz") {
+		t.Errorf("got %d %q", code, body)
+	}
 	if code, _ := ask(h, "/proxyMode"); code != http.StatusOK {
 		t.Errorf("got %d", code)
 	}

@@ -138,5 +138,6 @@ func (h *health) handler() http.Handler {
 	serve("/healthz", h.healthy, func(code string) { h.metrics.healthz.WithLabelValues(code).Inc() })
 	serve("/livez", h.live, func(code string) { h.metrics.livez.WithLabelValues(code).Inc() })
 	serve("/readyz", h.ready, func(string) {})
+	mux.HandleFunc("/", notThere([]string{"/healthz", "/livez", "/readyz"}))
 	return mux
 }
