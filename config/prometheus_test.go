@@ -52,7 +52,7 @@ func TestAlertsAreAboutMetricsThatExist(t *testing.T) {
 	}
 }
 
-// exportedMetrics are the names in the controller's code that are metrics by their form.
+// exportedMetrics are the names in the controller's code that are metrics by their form, and the agent's, whose names are put together, in docs/metrics.md, which a test holds to the code.
 func exportedMetrics(t *testing.T) map[string]bool {
 	out := map[string]bool{}
 	quoted := regexp.MustCompile(`"(serviceproxy_[a-z_]+[a-z])"`)
@@ -68,6 +68,13 @@ func exportedMetrics(t *testing.T) map[string]bool {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	page, err := os.ReadFile(filepath.Join("..", "docs", "metrics.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(serviceproxy_agent_[a-z_]+)`").FindAllStringSubmatch(string(page), -1) {
+		out[m[1]] = true
 	}
 	return out
 }
