@@ -31,6 +31,12 @@ func benchService(i, first, n int) *forwarding.Service {
 	}
 }
 
+// benchExternal gives a service an external IP.
+func benchExternal(i int, s *forwarding.Service) {
+	s.ExternalIPs = []netip.Addr{netip.AddrFrom4([4]byte{198, 18 + byte(i>>16), byte(i >> 8), byte(i)})}
+	s.External, s.ExternalFromHere = s.Internal, s.Internal
+}
+
 func benchState(services int) forwarding.State {
 	s := forwarding.State{}.On(ground)
 	for i := range services {
@@ -130,20 +136,36 @@ func BenchmarkChange(b *testing.B) {
 		name  string
 		dirty int
 		// shape gives a service's endpoints in a round: the number of the first, and how many.
-		shape    func(round int) (first, n int)
-		affinity time.Duration
+		shape func(round int) (first, n int)
+		// feature is what every service has besides.
+		feature func(i int, s *forwarding.Service)
 	}{
-		{"replaced", 1, replaced, 0},
-		{"added-removed", 1, func(round int) (first, n int) { return 0, 10 + round%2 }, 0},
-		{"replaced", 50, replaced, 0},
-		{"replaced-affinity", 1, replaced, 3 * time.Hour},
+		{"replaced", 1, replaced, nil},
+		{"added-removed", 1, func(round int) (first, n int) { return 0, 10 + round%2 }, nil},
+		{"replaced", 50, replaced, nil},
+		{"replaced-affinity", 1, replaced, func(_ int, s *forwarding.Service) { s.Affinity = 3 * time.Hour }},
+		{"replaced-ranges", 1, replaced, func(i int, s *forwarding.Service) {
+			benchExternal(i, s)
+			s.LoadBalancerIPs = s.ExternalIPs
+			s.SourceRanges = []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64, byte(i >> 8), byte(i)}), 32)} // each its own
+		}},
+		{"replaced-local", 1, replaced, func(i int, s *forwarding.Service) {
+			benchExternal(i, s)
+			s.PreserveSource, s.External = true, forwarding.Target{Endpoints: s.Internal.Endpoints[:3]}
+		}},
+		{"replaced-localhost", 1, replaced, func(i int, s *forwarding.Service) {
+			s.External, s.ExternalFromHere = s.Internal, s.Internal
+			s.NodePort, s.NodePortAddresses = uint16(10000+i), []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("192.0.2.1/32")}
+		}},
 	} {
 		b.Run(fmt.Sprintf("%s/dirty=%d", c.name, c.dirty), func(b *testing.B) {
 			eachSize(b, func(b *testing.B, services int) {
 				be := newBackend(b, netns.NewT(b))
 				service := func(i, first, n int) *forwarding.Service {
 					s := benchService(i, first, n)
-					s.Affinity = c.affinity
+					if c.feature != nil {
+						c.feature(i, s)
+					}
 					return s
 				}
 				prev := forwarding.State{}.On(ground)
