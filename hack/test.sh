@@ -26,7 +26,7 @@ case $kind in
     flags+=(-count=1 -timeout=20m -p=1) # side by side they would measure and disturb one another
     if [ "$(id -u)" -ne 0 ]; then
       if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
-        flags+=(-exec "sudo --preserve-env=PATH,HOME,CI,KUBEBUILDER_ASSETS,GOFLAGS,GOCACHE,GOMODCACHE")
+        flags+=(-exec "sudo --preserve-env=PATH,HOME,CI,KUBEBUILDER_ASSETS,BACKENDTEST_RECORDS,GOFLAGS,GOCACHE,GOMODCACHE")
       else
         echo "$kind tests make network namespaces and need root: without it they are skipped. Run this as root, or let sudo work without a password." >&2
       fi
@@ -39,7 +39,9 @@ if [ "$kind" != unit ]; then
 fi
 
 report=$(mktemp)
-trap 'rm -f "$report"' EXIT
+BACKENDTEST_RECORDS=$(mktemp -d) # where test/parity, which comes later, finds what backends' tests found
+export BACKENDTEST_RECORDS
+trap 'rm -rf "$report" "$BACKENDTEST_RECORDS"' EXIT
 go build -o "$report" ./hack/testreport # not `go run`, which would hide the exit status
 echo "--- $kind tests ($((${#packages[@]} + ${#modules[@]})) packages)"
 run() { # all tests of the kind; fails if one of the commands does

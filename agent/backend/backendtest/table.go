@@ -19,10 +19,12 @@ type Scenario struct {
 func Run(t *testing.T, start Starter) {
 	lab := newLab(t, start)
 	lab.addReplicas()
+	var results []Result
 	for _, s := range Table() {
 		t.Run(s.Name, func(t *testing.T) {
 			same := *lab
 			same.TB = t
+			t.Cleanup(func() { results = append(results, resultOf(t, s.Name)) })
 			t.Cleanup(func() {
 				if _, ok := lab.subject.(Breaker); ok && t.Skipped() {
 					t.Error("a row that is applicable was skipped")
@@ -31,6 +33,7 @@ func Run(t *testing.T, start Starter) {
 			s.Run(&same)
 		})
 	}
+	record(t, results)
 }
 
 // Table is every scenario.
