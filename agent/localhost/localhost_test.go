@@ -298,9 +298,11 @@ func TestOpenConnectionsOutliveTheirPort(t *testing.T) {
 	if !b.refused("tcp") {
 		t.Error("the port is still served")
 	}
-	fmt.Fprintln(c, "still here")
-	if line, err := r.ReadString('\n'); err != nil || line != "still here\n" {
-		t.Errorf("%q, %v", line, err)
+	for range 1000 {
+		fmt.Fprintln(c, "still here")
+		if line, err := r.ReadString('\n'); err != nil || line != "still here\n" {
+			t.Fatalf("%q, %v", line, err)
+		}
 	}
 	b.Close()
 	if _, err := r.ReadString('\n'); err == nil {
