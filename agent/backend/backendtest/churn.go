@@ -33,6 +33,23 @@ var churn = []Scenario{
 			l.Errorf("%d SYNs got no answer and were sent again", n)
 		}
 	}},
+	{"new connections go through restarts of the proxy: none fails or is lost", func(l *Lab) {
+		sent := l.resent(l.space("outside"))
+		l.Program(web(at("a", "b1", "b2", "b3"), nil), another(0, at("a")))
+		loads := []*load{l.startLoad("tcp", crowd, toServiceIP, 0, 0), l.startLoad("udp", crowd, toNodePort, 1, 0)}
+		for range 4 {
+			l.Restart()
+			for _, ld := range loads {
+				ld.awaitMore(50)
+			}
+		}
+		for _, ld := range loads {
+			ld.finish()
+		}
+		if n := l.resent(l.space("outside")) - sent; n > 0 {
+			l.Errorf("%d SYNs got no answer and were sent again", n)
+		}
+	}},
 	{"what others do to their own rules 50 times a second disturbs nothing, and theirs stay as they made them", func(l *Lab) {
 		l.Program(web(at("a", "b1", "b2"), nil))
 		others := l.startOthers()
