@@ -19,8 +19,9 @@ import (
 	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
 )
 
-// retryListen is how long a port that is in use is left alone before it is tried again.
-const retryListen = 5 * time.Second
+// retryListen is how long a port that is in use is left alone before it is tried again. It is short because kube-proxy lets go of the port of a Service that is taken over
+// from it, and load balancers ask there every few seconds.
+const retryListen = 500 * time.Millisecond
 
 // Servers serves the health-check node ports of all Services. Its methods may be called concurrently.
 type Servers struct {
@@ -76,8 +77,10 @@ func (s *Servers) Set(service types.NamespacedName, check compile.HealthCheck) {
 func (s *Servers) start(v *server) {
 	listener, err := s.listen(v.check.Port)
 	if err != nil {
-		s.log.Error(err, "A health-check node port cannot be served, so load balancers send this node nothing for the Service; trying again",
-			"service", v.service.String(), "port", v.check.Port, "every", retryListen)
+		if v.retry == nil { // else it was said
+			s.log.Error(err, "A health-check node port cannot be served, so load balancers send this node nothing for the Service; trying again",
+				"service", v.service.String(), "port", v.check.Port, "every", retryListen)
+		}
 		v.retry = time.AfterFunc(retryListen, func() {
 			s.mu.Lock()
 			defer s.mu.Unlock()
