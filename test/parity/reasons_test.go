@@ -61,4 +61,6 @@ var reasons = []reason{
 		"Addresses of declared ranges that no Service has are dropped in the chains output and forward, whether or not they are the node's own."},
 	{iptablesOnly, []string{"a ping to a service IP is refused, and others are left alone"},
 		"There is no rule for ICMP: the ping leaves by the default route."},
+	{nftablesOnly, []string{"packets that are part of no connection do not end translated connections"},
+		"The nftables mode has no rule against packets that connection tracking finds invalid, with which the iptables mode prevents this."},
 }
