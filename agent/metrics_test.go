@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
+	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
@@ -189,6 +190,32 @@ func TestTrafficMetrics(t *testing.T) {
 	m.traffic.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics/services", nil))
 	if w.Code != http.StatusInternalServerError || !strings.Contains(w.Body.String(), "no memory") {
 		t.Errorf("%d %s", w.Code, w.Body)
+	}
+}
+
+// TestBackendsAreCounted: what a mode's backend counts is served from when there is one.
+func TestBackendsAreCounted(t *testing.T) {
+	r := newRig(t, v1alpha1.ProxyModeNFTables)
+	d := r.loop.planes[0]
+	d.New = func() (backend.Backend, error) {
+		return &counting{Backend: newFake(), traffic: []backend.Traffic{traffic("web", 1)}}, nil
+	}
+	if list, err := r.loop.metrics.traffic.read(t.Context()); len(list) != 0 || err != nil {
+		t.Errorf("counted %v, %v before there is a backend", list, err)
+	}
+	d.want = d.want.With(&forwarding.Service{Key: forwarding.ServiceKey{Namespace: "shop", Name: "web", Port: 80, Protocol: forwarding.TCP}})
+	d.program(t.Context(), func() {})
+	if list, err := r.loop.metrics.traffic.read(t.Context()); len(list) != 1 || err != nil {
+		t.Errorf("counted %v, %v", list, err)
+	}
+}
+
+// TestCountTrafficReachesBackends: the setting is part of the ground that backends stand on.
+func TestCountTrafficReachesBackends(t *testing.T) {
+	for _, on := range []bool{false, true} {
+		if g := groundOf(Settings{CountTraffic: on}, &compile.Node{}, nil); g.CountTraffic != on {
+			t.Errorf("set to %t, backends are told %t", on, g.CountTraffic)
+		}
 	}
 }
 
