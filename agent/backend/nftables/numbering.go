@@ -176,7 +176,8 @@ func (n numberings) adopt(k forwarding.ServiceKey, f *family, s slots, numbers [
 	if have.owner != owner {
 		return nil, nil
 	}
-	return have, have.adopt(f, s, numbers, endpoints)
+	held = have.adopt(f, s, numbers, endpoints)
+	return have, held
 }
 
 // drop forgets a numbering that no frontend has any more.
