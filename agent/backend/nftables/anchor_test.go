@@ -72,6 +72,12 @@ func TestOpenConnectionsOutliveTheLastRule(t *testing.T) {
 			}
 		}
 	}
+	// One that is not translated needs no anchor: it stays open through all of this, and keeps nothing.
+	direct, err := dial(top.client, "tcp", netip.AddrPortFrom(podAddr(0, 0, 0), 8080), netip.Addr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { direct.Close() })
 	stillOpen("before")
 	empty := state()
 	apply(t, b, &both, empty)
