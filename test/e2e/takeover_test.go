@@ -33,7 +33,7 @@ import (
 
 // TestTakeOver moves Services from a real kube-proxy to us and back, under load, in a cluster of its own.
 func TestTakeOver(t *testing.T) {
-	for _, mode := range []string{"nftables"} {
+	for _, mode := range []string{"nftables", "iptables"} {
 		t.Run(mode, func(t *testing.T) { newHandover(t, mode).run() })
 	}
 }
