@@ -20,7 +20,7 @@ const introduction = `# Parity
 
 <!-- Written by ` + "`make parity`" + ` from test results. CI fails if it is not what they are. Do not edit. -->
 
-What a Service and a node are owed, and which proxy keeps it: each mode of this project, and %s for reference.
+What a Service and a node are owed, and which proxy keeps it: each mode of this project, and kube-proxy of %s for reference.
 
 Each row is a scenario of [agent/backend/backendtest](../agent/backend/backendtest): TCP, UDP and SCTP packets, IPv4 and IPv6, between network namespaces that are a node, its
 pods, another node with pods, and a client outside. All proxies run the same table in the same laboratory. For kube-proxy, a real API server holds the Services, EndpointSlices

@@ -114,6 +114,7 @@ var promises = []promise{
 		"an endpoint that is removed gets no connection more, and none fails",
 		"an endpoint that is removed gets no connection more, and none fails, with session affinity",
 		"500 new connections a second go through a hundred changes of endpoints: none fails or is lost",
+		"new connections go through restarts of the proxy: none fails or is lost",
 		"what others do to their own rules 50 times a second disturbs nothing, and theirs stay as they made them",
 	}},
 }
