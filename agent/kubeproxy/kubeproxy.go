@@ -124,7 +124,8 @@ func hasLegacyChain(l legacy) (bool, error) {
 	if err != nil || !strings.Contains("\n"+string(used), "\nmangle\n") {
 		return false, nil // without the file the kernel has no legacy iptables
 	}
-	socket, err := unix.Socket(l.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	// Any socket of the family can ask; a raw one, as iptables has, would need CAP_NET_RAW, which the agent's container does not have.
+	socket, err := unix.Socket(l.domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return false, fmt.Errorf("legacy iptables: %w", err)
 	}
