@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/loopback"
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/agent/healthport"
@@ -78,7 +79,7 @@ func Run(ctx context.Context, c Config) error {
 	m := newMetrics(s, c.Version)
 	flows := conntrack.New(c.Log.WithName("conntrack"))
 	flows.Observe = m.reconciled
-	local := localhost.New(c.Log.WithName("localhost"), localhost.Host{Sysctl: sysctl.Node()})
+	local := localhost.New(c.Log.WithName("localhost"), localhost.Host{Route: func() (bool, error) { return loopback.Route(sysctl.Node()) }})
 	defer local.Close()
 	changed := func(prev, next *forwarding.Service) {
 		if c.Conntrack != nil {

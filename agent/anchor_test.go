@@ -104,7 +104,9 @@ func TestCleanupRemovesTheAnchor(t *testing.T) {
 	f := fakeAnchor{open: 1}
 	mode := newFakeMode(v1alpha1.ProxyModeNFTables).mode()
 	mode.Anchor = f.anchor()
-	if err := Cleanup(t.Context(), logr.Discard(), []Mode{mode, mode}); err != nil || f.removed != 1 {
-		t.Errorf("removed %d times: %v", f.removed, err)
+	unrouted := 0
+	unroute := func() (bool, error) { unrouted++; return true, nil }
+	if err := cleanup(t.Context(), logr.Discard(), []Mode{mode, mode}, unroute); err != nil || f.removed != 1 || unrouted != 1 {
+		t.Errorf("removed the anchor %d times, took back the route to loopback %d times: %v", f.removed, unrouted, err)
 	}
 }

@@ -11,7 +11,9 @@ import (
 	"github.com/go-logr/logr"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/loopback"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
+	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 	"github.com/serviceproxy/serviceproxy-operator/api/v1alpha1"
 )
 
@@ -225,8 +227,13 @@ func (d *dataplane) due() (time.Time, bool) {
 	return time.Time{}, false
 }
 
-// Cleanup removes what every mode of a table left in the kernel, and ends the connections that it translated. A mode that this node cannot do cannot have left anything.
+// Cleanup removes what every mode of a table left in the kernel, ends the connections that it translated, and takes back that the kernel routes loopback addresses
+// if the agent had it do that. A mode that this node cannot do cannot have left anything.
 func Cleanup(ctx context.Context, log logr.Logger, table []Mode) error {
+	return cleanup(ctx, log, table, func() (bool, error) { return loopback.Unroute(sysctl.Node()) })
+}
+
+func cleanup(ctx context.Context, log logr.Logger, table []Mode, unroute func() (lowered bool, err error)) error {
 	var (
 		failed []error
 		able   []Mode
@@ -242,6 +249,13 @@ func Cleanup(ctx context.Context, log logr.Logger, table []Mode) error {
 			continue
 		}
 		log.Info("Removed all rules of a mode", "mode", m.Name)
+	}
+	if len(able) > 0 {
+		lowered, err := unroute()
+		if lowered {
+			log.Info("Forbade the kernel to route loopback addresses, as before", "sysctl", loopback.Parameter.Name)
+		}
+		failed = append(failed, err)
 	}
 	failed = append(failed, removeAnchor(ctx, able))
 	return errors.Join(failed...)

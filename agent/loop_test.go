@@ -758,7 +758,8 @@ func TestBadObjectsAreNamedAndTheRestGoesOn(t *testing.T) {
 func TestCleanup(t *testing.T) {
 	can, cannot := newFakeMode(v1alpha1.ProxyModeNFTables), newFakeMode(v1alpha1.ProxyModeIPVS)
 	cannot.setMissing(errors.New("no ip_vs"))
-	if err := Cleanup(t.Context(), logr.Discard(), []Mode{can.mode(), cannot.mode()}); err != nil {
+	none := func() (bool, error) { return false, nil }
+	if err := cleanup(t.Context(), logr.Discard(), []Mode{can.mode(), cannot.mode()}, none); err != nil {
 		t.Fatal(err)
 	}
 	if can.cleanups != 1 || cannot.cleanups != 0 {
@@ -766,7 +767,7 @@ func TestCleanup(t *testing.T) {
 	}
 	broken := can.mode()
 	broken.Cleanup = func(context.Context) error { return errKernel }
-	err := Cleanup(t.Context(), logr.Discard(), []Mode{broken, can.mode()})
+	err := cleanup(t.Context(), logr.Discard(), []Mode{broken, can.mode()}, none)
 	if !errors.Is(err, errKernel) || !strings.Contains(err.Error(), "NFTables") || can.cleanups != 2 {
 		t.Errorf("error %v after %d clean-ups: want one that names the mode, and the rest done", err, can.cleanups)
 	}

@@ -19,8 +19,8 @@ import (
 
 	"github.com/go-logr/logr"
 
+	"github.com/serviceproxy/serviceproxy-operator/agent/backend/loopback"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
-	"github.com/serviceproxy/serviceproxy-operator/agent/sysctl"
 )
 
 // limits are what a Proxy keeps to.
@@ -48,15 +48,12 @@ const (
 
 var address = netip.IPv6Loopback()
 
-// routeLocalnet lets the kernel route what comes from or goes to 127.0.0.0/8.
-var routeLocalnet = sysctl.Parameter{Name: "net/ipv4/conf/all/route_localnet", AtLeast: 1}
-
 // Host is the node as its own programs see it.
 type Host struct {
 	// Do calls f in the node's network namespace. nil: this process is in it.
 	Do func(f func() error) error
-	// Sysctl has the kernel's parameters.
-	Sysctl sysctl.Proc
+	// Route lets the kernel route loopback addresses, without letting in the node's neighbours, and says whether it did not before (loopback.Route).
+	Route func() (raised bool, err error)
 }
 
 func (h Host) do(f func() error) error {
@@ -179,21 +176,21 @@ func servedAt(s *forwarding.Service, a netip.Addr) bool {
 	})
 }
 
-// route lets the kernel translate connections to 127.0.0.0/8. It is never taken back: that would cut connections, and others may rely on it by now. Backends
-// keep the node's neighbours from loopback. Callers hold mu.
+// route lets the kernel translate connections to 127.0.0.0/8. It is not taken back as long as the agent is on the node: that would cut connections, and others
+// may rely on it by now. Callers hold mu.
 func (p *Proxy) route() {
 	if p.routed {
 		return
 	}
 	var raised bool
-	err := p.host.do(func() (err error) { raised, err = p.host.Sysctl.Raise(routeLocalnet); return err })
+	err := p.host.do(func() (err error) { raised, err = p.host.Route(); return err })
 	if err != nil {
-		p.complain("route", err, "Node ports are not served at 127.0.0.1: the kernel may not route loopback addresses; set the parameter, or let the agent", "sysctl", routeLocalnet.String())
+		p.complain("route", err, "Node ports are not served at 127.0.0.1: the kernel may not route loopback addresses; set the parameter, or let the agent", "sysctl", loopback.Parameter.String())
 		return
 	}
 	p.routed = true
 	if raised {
-		p.log.Info("Allowed the kernel to route loopback addresses, for node ports at 127.0.0.1", "sysctl", routeLocalnet.String())
+		p.log.Info("Allowed the kernel to route loopback addresses, for node ports at 127.0.0.1", "sysctl", loopback.Parameter.String())
 	}
 }
 

@@ -1,5 +1,5 @@
 // Package sysctl sees to it that parameters of the node's kernel are at least what a service proxy needs. Nothing is ever lowered: what a node's
-// administrator, or another program, set higher had a reason.
+// administrator, or another program, set higher had a reason. Only the agent's cleanup gives back what it raised itself.
 package sysctl
 
 import (
@@ -67,6 +67,14 @@ func (k Proc) Raise(p Parameter) (raised bool, err error) {
 		return false, fmt.Errorf("raise kernel parameter %s from %d to %d: %w", p.Name, current, p.AtLeast, err)
 	}
 	return true, nil
+}
+
+// Restore gives a parameter the value back that it had before Raise.
+func (k Proc) Restore(name string, value int) error {
+	if err := k.write(Parameter{name, value}); err != nil {
+		return fmt.Errorf("set kernel parameter %s back to %d: %w", name, value, err)
+	}
+	return nil
 }
 
 func (k Proc) write(p Parameter) error {

@@ -10,6 +10,7 @@ import (
 	"github.com/go-logr/logr/funcr"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/backend"
+	loopbackrouting "github.com/serviceproxy/serviceproxy-operator/agent/backend/loopback"
 	"github.com/serviceproxy/serviceproxy-operator/agent/conntrack"
 	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 	"github.com/serviceproxy/serviceproxy-operator/agent/localhost"
@@ -92,7 +93,7 @@ func (s *backendSubject) start() (err error) {
 	}
 	failing := funcr.New(func(_, line string) { s.fail(errors.New(line)) }, funcr.Options{Verbosity: -1}) // errors only
 	s.cleaner = conntrack.New(failing)
-	s.local = localhost.New(failing, localhost.Host{Do: s.node.Do, Sysctl: sysctl.Kernel})
+	s.local = localhost.New(failing, localhost.Host{Do: s.node.Do, Route: func() (bool, error) { return loopbackrouting.Route(sysctl.Kernel) }})
 	var ctx context.Context
 	ctx, s.stop = context.WithCancel(context.Background())
 	s.running.Go(func() { s.cleaner.Run(ctx, s.table) })
