@@ -133,6 +133,7 @@ clusterCIDR: [10.244.0.0/16, 10.244.0.0, 10.1.2.3/16, "fd00::", 10.244.0.0/16]
 			`healthzBindAddress: Invalid value: "a:b": must be HOST:PORT`,
 			`hostnameOverride: Invalid value: "Node_1": must be the name of a Node`,
 		}},
+		{agentHeader + "healthzBindAddress: '[::]:10249'", []string{`metricsBindAddress: Invalid value: "127.0.0.1:10249": has the port of healthzBindAddress [::]:10249: must have another`}},
 	} {
 		_, problems := read(tt.file)
 		lines := strings.Split(problems, "\n")
@@ -156,15 +157,18 @@ func TestBadControllerFile(t *testing.T) {
 	for file, want := range map[string]string{
 		"":                   "namespace: Required value",
 		"namespace: Net_Ops": `namespace: Invalid value: "Net_Ops": must be the name of a namespace`,
-		"namespace: a\nwebhook: {bindAddress: ':0'}":                       `webhook.bindAddress: Invalid value: ":0": must be HOST:PORT or :PORT with a port of 1 to 65535, or 0 for nowhere`,
-		"namespace: a\nwebhook: {url: 'http://a'}":                         `webhook.url: Invalid value: "http://a": must be https://HOST or https://HOST:PORT`,
-		"namespace: a\nwebhook: {url: 'https://a:70000'}":                  `webhook.url: Invalid value: "https://a:70000": its port must be 1 to 65535`,
-		"namespace: a\nwebhook: {url: 'https://a', bindAddress: '0'}":      `webhook.url: Invalid value: "https://a": must not be given if bindAddress is 0`,
-		"namespace: a\nlogging: {format: xml}":                             `logging.format: Unsupported value: "xml": supported values: "text", "json"`,
-		"namespace: a\nkubeProxy: {handBackGracePeriod: 100ms}":            `kubeProxy.handBackGracePeriod: Invalid value: "100ms": must be from 1s to 1h`,
-		"namespace: a\nleaderElection: {leaderElect: true}":                "",
-		"webhook: {bindAddress: '0'}":                                      "",
-		"webhook: {bindAddress: '0'}\nleaderElection: {leaderElect: true}": "namespace: Required value",
+		"namespace: a\nwebhook: {bindAddress: ':0'}":                                                                            `webhook.bindAddress: Invalid value: ":0": must be HOST:PORT or :PORT with a port of 1 to 65535, or 0 for nowhere`,
+		"namespace: a\nwebhook: {url: 'http://a'}":                                                                              `webhook.url: Invalid value: "http://a": must be https://HOST or https://HOST:PORT`,
+		"namespace: a\nwebhook: {url: 'https://a:70000'}":                                                                       `webhook.url: Invalid value: "https://a:70000": its port must be 1 to 65535`,
+		"namespace: a\nwebhook: {url: 'https://a', bindAddress: '0'}":                                                           `webhook.url: Invalid value: "https://a": must not be given if bindAddress is 0`,
+		"namespace: a\nlogging: {format: xml}":                                                                                  `logging.format: Unsupported value: "xml": supported values: "text", "json"`,
+		"namespace: a\nkubeProxy: {handBackGracePeriod: 100ms}":                                                                 `kubeProxy.handBackGracePeriod: Invalid value: "100ms": must be from 1s to 1h`,
+		"namespace: a\nwebhook: {bindAddress: ':8080'}":                                                                         `webhook.bindAddress: Invalid value: ":8080": has the port of metricsBindAddress :8080: must have another`,
+		"namespace: a\nleaderElection: {leaderElect: true}":                                                                     "",
+		"namespace: a\nhealthzBindAddress: 127.0.0.1:1\nmetricsBindAddress: 127.0.0.2:1\nwebhook: {bindAddress: '127.0.0.3:1'}": "",
+		"namespace: a\nhealthzBindAddress: '127.0.0.1:0'\nmetricsBindAddress: '127.0.0.1:0'":                                    "",
+		"webhook: {bindAddress: '0'}":                                                                                           "",
+		"webhook: {bindAddress: '0'}\nleaderElection: {leaderElect: true}":                                                      "namespace: Required value",
 	} {
 		c := &config.ControllerConfiguration{}
 		if err := config.Decode([]byte(header+file), config.ControllerKind, c); err != nil {

@@ -21,6 +21,7 @@ func (c *AgentConfiguration) Validate() field.ErrorList {
 	}
 	wrong = append(wrong, checkAddress(field.NewPath("healthzBindAddress"), c.HealthzBindAddress, 0)...)
 	wrong = append(wrong, checkAddress(field.NewPath("metricsBindAddress"), c.MetricsBindAddress, 0)...)
+	wrong = append(wrong, checkApart(listener{"healthzBindAddress", c.HealthzBindAddress}, listener{"metricsBindAddress", c.MetricsBindAddress})...)
 	wrong = append(wrong, c.validateDetectLocal()...)
 	for i, cidr := range c.ClusterCIDR {
 		wrong = append(wrong, checkCIDR(field.NewPath("clusterCIDR").Index(i), cidr, c.ClusterCIDR[:i])...)
@@ -140,10 +141,37 @@ func (c *ControllerConfiguration) Validate() field.ErrorList {
 	wrong = append(wrong, checkAddress(field.NewPath("healthzBindAddress"), c.HealthzBindAddress, 0)...)
 	wrong = append(wrong, checkAddress(field.NewPath("metricsBindAddress"), c.MetricsBindAddress, 0)...)
 	wrong = append(wrong, c.Webhook.validate(field.NewPath("webhook"))...)
+	wrong = append(wrong, checkApart(listener{"healthzBindAddress", c.HealthzBindAddress}, listener{"metricsBindAddress", c.MetricsBindAddress},
+		listener{"webhook.bindAddress", c.Webhook.BindAddress})...)
 	if grace := c.KubeProxy.HandBackGracePeriod.Duration; grace < time.Second || grace > time.Hour {
 		wrong = append(wrong, field.Invalid(field.NewPath("kubeProxy", "handBackGracePeriod"), grace.String(), "must be from 1s to 1h"))
 	}
 	return append(wrong, c.Logging.validate(field.NewPath("logging"))...)
+}
+
+// listener is a field and the address in it.
+type listener struct{ field, address string }
+
+// checkApart finds addresses of which one process cannot have both. Those that are no addresses are told of elsewhere.
+func checkApart(all ...listener) (wrong field.ErrorList) {
+	for i, l := range all {
+		host, port, err := net.SplitHostPort(l.address)
+		if err != nil || port == "0" { // 0: any that is free
+			continue
+		}
+		for _, other := range all[:i] {
+			at, taken, err := net.SplitHostPort(other.address)
+			if err == nil && port == taken && (host == at || isEverywhere(host) || isEverywhere(at)) {
+				wrong = append(wrong, field.Invalid(field.NewPath(l.field), l.address, "has the port of "+other.field+" "+other.address+": must have another"))
+			}
+		}
+	}
+	return wrong
+}
+
+func isEverywhere(host string) bool {
+	a, err := netip.ParseAddr(host)
+	return host == "" || err == nil && a.IsUnspecified()
 }
 
 func (w *Webhook) validate(path *field.Path) field.ErrorList {

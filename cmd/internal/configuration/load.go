@@ -57,7 +57,7 @@ type fieldFlags struct {
 func (p Program[C]) parse(args []string, c C, stderr io.Writer) (common Common, found fieldFlags, err error) {
 	flags := flag.NewFlagSet(p.Name, flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&common.File, "config", "", fmt.Sprintf("file with a %s (docs/configuration.md); flags that are given win over it", p.Kind))
+	flags.StringVar(&common.File, "config", "", fmt.Sprintf("a file that holds one %s (docs/configuration.md); flags that are given win over it", p.Kind))
 	flags.BoolVar(&common.Print, "print-config", false, "print the configuration that file, flags and environment make, and exit")
 	flags.BoolVar(&common.Version, "version", false, "print the version and exit")
 	fields := p.Define(flags, c)
