@@ -13,6 +13,7 @@ package conntrack
 import (
 	"context"
 	"errors"
+	"runtime"
 	"sync"
 	"time"
 
@@ -26,10 +27,11 @@ const (
 	// settle is how long a pass waits for what changed: a packet that the old rules translated is entered in the table only once it has left the node's
 	// hooks, and a burst of changes is one pass.
 	settle = 10 * time.Millisecond
-	// A pass is followed by a rest of this multiple of what it took, within the bound, so that passes never take more than a twentieth of a core.
+	// A pass is followed by a rest of this multiple of its CPU time, within the bound, so that passes never take more than a twentieth of a core. It is not of
+	// what the pass took, because on a busy node that is many times as long, and flows would lead nowhere for as much longer.
 	rest    = 20
 	restMax = 5 * time.Second
-	// What a failed pass left is tried again, after a delay that doubles between these.
+	// What a failed pass left is tried again, after a delay that doubles between these, whatever changes meanwhile.
 	retryMin = 100 * time.Millisecond
 	retryMax = 30 * time.Second
 )
@@ -50,6 +52,8 @@ type Cleaner struct {
 
 	log  logr.Logger
 	wake chan struct{}
+	// spent gives the calling thread's CPU time.
+	spent func() time.Duration
 
 	mu    sync.Mutex
 	stale stale
@@ -60,7 +64,14 @@ type Cleaner struct {
 
 // New makes a Cleaner. Run does its work.
 func New(log logr.Logger) *Cleaner {
-	return &Cleaner{log: log, wake: make(chan struct{}, 1), stale: stale{}}
+	return &Cleaner{log: log, wake: make(chan struct{}, 1), spent: threadTime, stale: stale{}}
+}
+
+// threadTime is the CPU time of the calling thread so far, the kernel's on its behalf included.
+func threadTime() time.Duration {
+	var r unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_THREAD, &r) // fails for other arguments only
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 // Changed takes note that the kernel holds next in the place of prev; either may be nil. prev being nil means a Service that was
@@ -106,7 +117,7 @@ func (c *Cleaner) run(ctx context.Context, end endFunc) {
 	for {
 		var retry <-chan time.Time
 		if failures > 0 {
-			retry = time.After(min(retryMin<<min(failures-1, 16), retryMax))
+			retry = time.After(time.Until(earliest))
 		}
 		select {
 		case <-ctx.Done():
@@ -119,14 +130,16 @@ func (c *Cleaner) run(ctx context.Context, end endFunc) {
 			return
 		case <-time.After(max(settle, time.Until(earliest))):
 		}
-		p := c.pass(end)
-		earliest = time.Now().Add(min(rest*p.Took, restMax))
+		p, spent := c.measured(end)
+		pause := min(rest*spent, restMax)
 		if p.Err != nil {
 			failures++
-			c.log.Error(p.Err, "Could not end all UDP flows that lead nowhere; trying again", "ended", p.Ended, "failures", failures)
+			pause = max(pause, min(retryMin<<min(failures-1, 16), retryMax))
+			c.log.Error(p.Err, "Could not end all UDP flows that lead nowhere; trying again", "ended", p.Ended, "failures", failures, "retryIn", pause)
 		} else {
 			failures = 0
 		}
+		earliest = time.Now().Add(pause)
 		if p.Ended > 0 {
 			c.log.V(1).Info("Ended UDP flows that led to endpoints which are gone", "flows", p.Ended)
 		}
@@ -134,6 +147,15 @@ func (c *Cleaner) run(ctx context.Context, end endFunc) {
 			c.Observe(p)
 		}
 	}
+}
+
+// measured is pass, with its CPU time.
+func (c *Cleaner) measured(end endFunc) (Pass, time.Duration) {
+	runtime.LockOSThread() // nothing else runs on the thread meanwhile
+	defer runtime.UnlockOSThread()
+	before := c.spent()
+	p := c.pass(end)
+	return p, c.spent() - before
 }
 
 // spare says whether a flow leads to where it may by what changed since the pass began.

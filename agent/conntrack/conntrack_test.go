@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -212,25 +214,78 @@ func TestFailedPass(t *testing.T) {
 	})
 }
 
-// TestPassesRest: a pass that takes long is not followed by the next at once, however much changes.
+// TestPassesRest: a pass that takes much CPU time is not followed by the next at once, however much changes; one that only waits for a CPU is.
 func TestPassesRest(t *testing.T) {
+	for name, c := range map[string]struct {
+		spends      bool
+		least, most int32
+	}{
+		"a twentieth of the time, of passes that compute": {true, 20, 25},
+		"nearly all of it, of passes that wait":           {false, 300, 340},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				cleaner := New(logr.Discard())
+				var spent time.Duration
+				cleaner.spent = func() time.Duration { return spent }
+				var passes atomic.Int32
+				var running sync.WaitGroup
+				defer running.Wait()
+				defer cancel()
+				running.Go(func() {
+					cleaner.run(ctx, func(uint8, stale, func(flow) bool) (uint, error) {
+						passes.Add(1)
+						time.Sleep(20 * time.Millisecond)
+						if c.spends {
+							spent += 20 * time.Millisecond
+						}
+						return 0, nil
+					})
+				})
+				only4 := func(s *forwarding.Service) { s.ServiceIPs = s.ServiceIPs[:1] }
+				for range 1000 { // 10 s
+					cleaner.Changed(nil, with(dns(0, "10.1.0.1:53"), only4))
+					time.Sleep(10 * time.Millisecond)
+				}
+				if n := passes.Load(); n < c.least || n > c.most {
+					t.Errorf("%d passes of 20 ms in 10 s", n)
+				}
+			})
+		})
+	}
+}
+
+// TestFailuresAreNotHurried: while passes fail, changes do not bring the next about any sooner.
+func TestFailuresAreNotHurried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		c := New(logr.Discard())
-		var passes atomic.Int32
+		passes := 0
 		go c.run(ctx, func(uint8, stale, func(flow) bool) (uint, error) {
-			passes.Add(1)
-			time.Sleep(20 * time.Millisecond)
-			return 0, nil
+			passes++
+			return 0, errors.New("no memory")
 		})
 		only4 := func(s *forwarding.Service) { s.ServiceIPs = s.ServiceIPs[:1] }
 		for range 1000 { // 10 s
 			c.Changed(nil, with(dns(0, "10.1.0.1:53"), only4))
 			time.Sleep(10 * time.Millisecond)
 		}
-		if n := passes.Load(); n < 20 || n > 25 {
-			t.Errorf("%d passes of 20 ms in 10 s, want a twentieth of the time", n)
+		synctest.Wait()
+		if passes < 5 || passes > 8 { // after 0.1, 0.2, 0.4 ... s
+			t.Errorf("%d passes in 10 s, want one after each delay", passes)
 		}
 	})
+}
+
+func TestThreadTime(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	before := threadTime()
+	for deadline := time.Now().Add(time.Minute); threadTime() < before+10*time.Millisecond; {
+		if time.Now().After(deadline) {
+			t.Fatal("a thread that computes spends no time")
+		}
+	}
 }
