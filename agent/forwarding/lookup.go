@@ -109,15 +109,10 @@ func (s *Service) frontend(n Node, p Packet) frontend {
 		return serviceIP
 	case s.Key.Port == p.Destination.Port() && slices.Contains(s.ExternalIPs, to):
 		return externalIP
-	case s.NodePort != 0 && s.NodePort == p.Destination.Port() && slices.Contains(n.Addrs, to) && servedAt(s.NodePortAddresses, to):
+	case s.NodePort != 0 && s.NodePort == p.Destination.Port() && slices.Contains(n.Addrs, to) && NodePortAt(s.NodePortAddresses, to):
 		return nodePort
 	}
 	return none
-}
-
-// servedAt says whether node ports are served at one of the node's addresses: loopback only if it is asked for, not as a part of everything.
-func servedAt(prefixes []netip.Prefix, a netip.Addr) bool {
-	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) && (!a.IsLoopback() || p.Addr().IsLoopback()) })
 }
 
 // decide says what becomes of a packet that is for the service.

@@ -176,3 +176,8 @@ func (s *Service) Equal(o *Service) bool {
 		s.Internal.Equal(o.Internal) && s.External.Equal(o.External) && s.ExternalFromHere.Equal(o.ExternalFromHere) &&
 		slices.Equal(s.SourceRanges, o.SourceRanges) && slices.Equal(s.LoadBalancerIPs, o.LoadBalancerIPs)
 }
+
+// NodePortAt says whether node ports with such NodePortAddresses are served at one of the node's addresses: loopback only if it is asked for, not as a part of everything.
+func NodePortAt(addresses []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(addresses, func(p netip.Prefix) bool { return p.Contains(a) && (!a.IsLoopback() || p.Addr().IsLoopback()) })
+}

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/serviceproxy/serviceproxy-operator/agent/compile"
+	"github.com/serviceproxy/serviceproxy-operator/agent/forwarding"
 )
 
 // retryListen is how long a port that is in use is left alone before it is tried again. It is short because kube-proxy lets go of the port of a Service that is taken over
@@ -120,12 +120,12 @@ func (s *Servers) Close() {
 	}
 }
 
-// servedAt says whether a port is served at one of the node's addresses. Loopback is part of "every address" only if it is listed by itself.
+// servedAt says whether a port is served at one of the node's addresses.
 func (s *Servers) servedAt(v *server) func(netip.Addr) bool {
 	return func(a netip.Addr) bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return slices.ContainsFunc(v.check.Addresses, func(p netip.Prefix) bool { return p.Contains(a) && (!a.IsLoopback() || p.Addr().IsLoopback()) })
+		return forwarding.NodePortAt(v.check.Addresses, a)
 	}
 }
 

@@ -169,11 +169,9 @@ func (p *Proxy) wanted(s *forwarding.Service) (portKey, []netip.AddrPort) {
 	return portKey{s.Key.Protocol, s.NodePort}, endpoints
 }
 
-// servedAt says whether a service's node port is served at a loopback address: not if it is only part of all addresses.
+// servedAt says whether a service's node port is served at a loopback address.
 func servedAt(s *forwarding.Service, a netip.Addr) bool {
-	return s.NodePort != 0 && slices.ContainsFunc(s.NodePortAddresses, func(prefix netip.Prefix) bool {
-		return prefix.Addr().IsLoopback() && prefix.Contains(a)
-	})
+	return s.NodePort != 0 && forwarding.NodePortAt(s.NodePortAddresses, a)
 }
 
 // route lets the kernel translate connections to 127.0.0.0/8. It is not taken back as long as the agent is on the node: that would cut connections, and others
