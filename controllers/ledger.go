@@ -58,6 +58,8 @@ type nodeEntry struct {
 	modes    []v1alpha1.NodeProxyMode
 	// kubeProxy tells whether kube-proxy's rules are there, empty while that is not known.
 	kubeProxy v1alpha1.KubeProxyPresence
+	// reports: its agent has reported, and has not been silent for long.
+	reports bool
 	// localPorts are what its kernel gives to outgoing connections.
 	localPorts []v1alpha1.NodePortRange
 	exists     bool
@@ -69,14 +71,15 @@ type assignmentEntry struct {
 	generation                      int64
 	assigned, programmed, exhausted bool
 	handingBack                     bool
+	exempt                          bool  // never taken over
 	label                           label // of its Service
 }
 
 // tally counts the assignments of a policy.
 type tally struct {
 	covered, assigned, programmed, waiting int32
-	// released are those that kube-proxy ignores, takenOver those of them that we labelled; handingBack those that kube-proxy gets.
-	released, takenOver, handingBack int32
+	// released are those that kube-proxy ignores, takenOver those of them that we labelled; handingBack those that kube-proxy gets, exempt those that it keeps.
+	released, takenOver, handingBack, exempt int32
 }
 
 // pending marks a lock that this process is taking: granted, its claim not yet seen by the informer.

@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	toolscache "k8s.io/client-go/tools/cache"
@@ -150,11 +151,11 @@ func (l *ledger) onNode(before, after *corev1.Node) {
 	defer l.mu.Unlock()
 	if after == nil {
 		n := l.nodes[before.Name]
-		l.setNode(before.Name, nodeEntry{modes: n.modes, localPorts: n.localPorts, kubeProxy: n.kubeProxy})
+		l.setNode(before.Name, nodeEntry{modes: n.modes, localPorts: n.localPorts, kubeProxy: n.kubeProxy, reports: n.reports})
 		return
 	}
 	was := l.nodes[after.Name]
-	n := nodeEntry{labels: after.Labels, exists: true, modes: was.modes, localPorts: was.localPorts, kubeProxy: was.kubeProxy}
+	n := nodeEntry{labels: after.Labels, exists: true, modes: was.modes, localPorts: was.localPorts, kubeProxy: was.kubeProxy, reports: was.reports}
 	for _, c := range after.Status.Conditions {
 		n.ready = n.ready || c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 	}
@@ -176,12 +177,13 @@ func (l *ledger) onNodeProxyState(before, after *v1alpha1.NodeProxyState) {
 	defer l.mu.Unlock()
 	if after == nil {
 		n := l.nodes[before.Name]
-		n.modes, n.localPorts, n.kubeProxy = nil, nil, ""
+		n.modes, n.localPorts, n.kubeProxy, n.reports = nil, nil, "", false
 		l.setNode(before.Name, n)
 		return
 	}
 	n := l.nodes[after.Name]
 	n.modes, n.localPorts, n.kubeProxy = after.Status.Modes, after.Status.LocalPorts, after.Status.KubeProxy
+	n.reports = !apimeta.IsStatusConditionPresentAndEqual(after.Status.Conditions, v1alpha1.NodeProxyReady, metav1.ConditionUnknown) && !reflect.ValueOf(after.Status).IsZero()
 	l.setNode(after.Name, n)
 }
 
@@ -189,8 +191,9 @@ func (l *ledger) onNodeProxyState(before, after *v1alpha1.NodeProxyState) {
 func (l *ledger) setNode(name string, n nodeEntry) {
 	was := l.nodes[name]
 	// How policies share the cluster with kube-proxy depends on all of these.
-	l.stale = l.stale || was.exists != n.exists || was.ready != n.ready || was.kubeProxy != n.kubeProxy || !maps.Equal(was.labels, n.labels)
-	if !n.exists && n.modes == nil && n.localPorts == nil && n.kubeProxy == "" {
+	sharing := was.exists != n.exists || was.ready != n.ready || was.kubeProxy != n.kubeProxy || was.reports != n.reports || !maps.Equal(was.labels, n.labels)
+	l.stale = l.stale || sharing
+	if !n.exists && n.modes == nil && n.localPorts == nil && n.kubeProxy == "" && !n.reports {
 		delete(l.nodes, name)
 	} else {
 		l.nodes[name] = n
@@ -199,8 +202,7 @@ func (l *ledger) setNode(name string, n nodeEntry) {
 		for _, e := range l.policies {
 			l.stale = e.noteClash(name, n) || l.stale
 		}
-	} else if was.exists == n.exists && was.ready == n.ready && was.kubeProxy == n.kubeProxy && maps.Equal(was.labels, n.labels) &&
-		slices.EqualFunc(was.modes, n.modes, sameAbility) && slices.Equal(was.localPorts, n.localPorts) {
+	} else if !sharing && slices.EqualFunc(was.modes, n.modes, sameAbility) && slices.Equal(was.localPorts, n.localPorts) {
 		return
 	}
 	l.touchAll()
@@ -397,7 +399,7 @@ func (l *ledger) onAssignment(before, after *v1alpha1.ServiceAssignment) {
 
 func assignmentEntryOf(a *v1alpha1.ServiceAssignment) assignmentEntry {
 	e := assignmentEntry{policy: a.Spec.PolicyName, generation: a.Generation, assigned: apimeta.IsStatusConditionTrue(a.Status.Conditions, v1alpha1.AssignmentAllocated),
-		programmed: onEveryNode(a), handingBack: isHandingBack(a)}
+		programmed: onEveryNode(a), handingBack: isHandingBack(a), exempt: isExempt(client.ObjectKeyFromObject(a))}
 	if c := apimeta.FindStatusCondition(a.Status.Conditions, v1alpha1.AssignmentAllocated); c != nil {
 		e.exhausted = c.Status == "False" && c.Reason == reasonExhausted
 	}
@@ -425,6 +427,8 @@ func (l *ledger) count(e assignmentEntry, by int32) {
 	}
 	if e.label != unlabelled {
 		t.released += by
+	} else if e.exempt && !e.handingBack {
+		t.exempt += by
 	}
 	if e.label == labelledByUs {
 		t.takenOver += by

@@ -85,6 +85,7 @@ const (
 	reasonCoexist          = "Coexist"
 	reasonNotEverywhere    = "WaitingForProgrammed"
 	reasonNodesNotSelected = "NodesNotSelected"
+	reasonAgentSilent      = "AgentSilent"
 	reasonHandingBack      = "HandingBack"
 	reasonHandedBack       = "HandedBack"
 	reasonKubeProxyMissing = "KubeProxyMissing"
@@ -250,7 +251,7 @@ func (v policyView) takenOver() metav1.Condition {
 		return condition(v1alpha1.PolicyTakenOver, false, reason, fmt.Sprintf(message, args...))
 	}
 	t := v.tally
-	covered := t.covered - t.handingBack
+	covered := t.covered - t.handingBack - t.exempt
 	both := max(covered-t.released, 0) // forwarded by kube-proxy as well
 	early := min(both, max(t.covered-t.programmed, 0))
 	unkept := t.takenOver
@@ -271,12 +272,18 @@ func (v policyView) takenOver() metav1.Condition {
 		return condition(v1alpha1.PolicyTakenOver, true, reasonNoKubeProxy, "no node has rules of kube-proxy, so there is nobody to take Services over from")
 	case len(v.leftOut) > 0:
 		return not(reasonNodesNotSelected, "kube-proxy goes on with the covered Services, because nodeSelector leaves nodes to it: %s; select all nodes, or set kubeProxy: Coexist and label Services", some(v.leftOut))
+	case both > 0 && len(v.kubeProxy.silent) > 0:
+		return not(reasonAgentSilent, "kube-proxy leaves %d of %d covered Services to us, and keeps the others while agents on Ready nodes do not report: %s", t.released, covered, some(v.kubeProxy.silent))
 	case both > early:
 		return not(reasonTakingOver, "kube-proxy leaves %d of %d covered Services to us", t.released, covered)
 	case both > 0:
 		return not(reasonNotEverywhere, "kube-proxy leaves %d of %d covered Services to us; the others are not forwarded by every Ready node yet: kubectl get svca -A tells which", t.released, covered)
 	}
-	return condition(v1alpha1.PolicyTakenOver, true, reasonTakenOver, fmt.Sprintf("kube-proxy leaves all %d covered Services to us", covered))
+	but := ""
+	if t.exempt > 0 {
+		but = "; it goes on with " + kubernetesService + ", too, for nodes that boot"
+	}
+	return condition(v1alpha1.PolicyTakenOver, true, reasonTakenOver, fmt.Sprintf("kube-proxy leaves all %d covered Services to us%s", covered, but))
 }
 
 // some names the first few, and how many more there are.

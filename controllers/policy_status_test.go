@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -84,5 +85,28 @@ func TestNodePortsThatAreLocalPorts(t *testing.T) {
 	v.countNodes(nodes, v1alpha1.ProxyModeNFTables)
 	if c := v.nodePortsExclusive(); c.Status != metav1.ConditionTrue {
 		t.Errorf("got %+v although the nodes keep off these ports", c)
+	}
+}
+
+// A policy without selectors covers default/kubernetes, which kube-proxy keeps. That must not keep those waiting who wait for TakenOver.
+func TestTakenOverDoesNotWaitForTheAPIServersService(t *testing.T) {
+	l := newLedger(Options{}.withDefaults())
+	for _, name := range []string{"kubernetes", "web"} {
+		l.onAssignment(nil, &v1alpha1.ServiceAssignment{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, Labels: ourLabels("all")}, Spec: v1alpha1.ServiceAssignmentSpec{PolicyName: "all"}})
+	}
+	view := policyView{resolved: &allocator.Policy{}, kubeProxy: hosts{some: true}, shared: sharing{keeps: true, takes: true}}
+	state := func() string {
+		view.tally = *l.tallies["all"]
+		c := view.takenOver()
+		return c.Reason + ": " + c.Message
+	}
+	if got, want := state(), "WaitingForProgrammed: kube-proxy leaves 0 of 1 covered Services to us; "; !strings.HasPrefix(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	l.onService(nil, &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web", Labels: map[string]string{v1alpha1.LabelServiceProxyName: v1alpha1.ServiceProxyName},
+		Annotations: map[string]string{v1alpha1.AnnotationTakenOver: "all"}}})
+	if got, want := state(), "TakenOver: kube-proxy leaves all 1 covered Services to us; it goes on with default/kubernetes, too, for nodes that boot"; got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }

@@ -24,6 +24,7 @@ type hosts struct {
 	some, all bool // of the nodes that are Ready
 	absent    bool // from all of the cluster's nodes, for sure
 	without   []string
+	silent    []string // the Ready nodes whose agents do not report: what is decided now may not reach them
 }
 
 // kubeProxyHosts looks where kube-proxy's rules are. Callers hold mu.
@@ -39,9 +40,13 @@ func (l *ledger) kubeProxyHosts() hosts {
 		if !present && n.ready {
 			h.without = append(h.without, name)
 		}
+		if !n.reports && n.ready {
+			h.silent = append(h.silent, name)
+		}
 	}
 	h.all = h.some && len(h.without) == 0
 	slices.Sort(h.without)
+	slices.Sort(h.silent)
 	return h
 }
 
@@ -66,7 +71,8 @@ func (l *ledger) share(policies []*allocator.Policy) {
 	for _, p := range policies {
 		p.HandsBack = p.Terminating && p.TakesOver() && l.kubeProxy.all
 		s := sharing{keeps: p.TakesOver() && !p.HandsBack && len(l.leftOut(p)) == 0, handsBack: p.HandsBack}
-		s.takes = s.keeps && !p.Terminating && l.kubeProxy.some
+		// An assignment that was Programmed once stays so when a node joins or an agent dies. There only kube-proxy would follow what comes next.
+		s.takes = s.keeps && !p.Terminating && l.kubeProxy.some && len(l.kubeProxy.silent) == 0
 		l.shared[p.Name] = s
 	}
 }
@@ -108,8 +114,12 @@ func (l *ledger) announced(policy string) (out []types.NamespacedName, services 
 	if now == was || !told && !now.takes && !now.handsBack {
 		return nil, nil
 	}
+	onlyTakes := now.keeps == was.keeps && now.handsBack == was.handsBack
+	if onlyTakes && !now.takes {
+		return nil, nil // nothing follows from that
+	}
 	for key, a := range l.assignments {
-		if a.policy == policy {
+		if a.policy == policy && (!onlyTakes || a.label == unlabelled) {
 			out = append(out, key)
 		}
 	}
