@@ -17,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
+	"k8s.io/client-go/util/flowcontrol"
 	"k8s.io/utils/ptr"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -50,7 +51,9 @@ type serviceReconciler struct {
 	warner   *warner
 	recorder events.EventRecorder
 	pace     *pace
-	options  Options
+	// relabelled says of a Service that was labelled when it may be again.
+	relabelled *flowcontrol.Backoff
+	options    Options
 }
 
 // +kubebuilder:rbac:groups="",resources=services;namespaces;nodes,verbs=get;list;watch
@@ -98,6 +101,7 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		return ctrl.Result{}, err
 	} else if !found {
 		r.pace.forget(req.NamespacedName)
+		r.relabelled.DeleteEntry(req.String())
 		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, nil)
 	}
 	var assignment *v1alpha1.ServiceAssignment
@@ -120,8 +124,10 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		name = policy.Name
 	}
 	r.ledger.covered(req.NamespacedName, name, epoch)
-	if wait, err := r.handBack(ctx, svc, policy, assignment); err != nil || wait > 0 {
-		return ctrl.Result{RequeueAfter: wait}, err
+	if wait, err := r.handBack(ctx, svc, policy, assignment); err != nil {
+		return ctrl.Result{}, err
+	} else if wait > 0 {
+		return ctrl.Result{RequeueAfter: wait}, r.follow(ctx, svc, assignment)
 	}
 	if policy == nil {
 		return ctrl.Result{}, r.letGo(ctx, req.NamespacedName, svc)
@@ -146,23 +152,23 @@ func (r *serviceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 		return ctrl.Result{}, err
 	}
 	r.ledger.settled(req.NamespacedName, epoch, assignment.Generation)
-	if err := r.takeOver(ctx, svc, policy, assignment); err != nil {
+	again, err := r.takeOver(ctx, svc, policy, assignment)
+	if err != nil {
 		return ctrl.Result{}, err
 	}
 	if shortage == nil {
 		r.ledger.served(req.NamespacedName)
 	}
-	again := r.unreported(assignment, shortage)
-	if again > 0 {
-		return ctrl.Result{RequeueAfter: again}, nil
+	if ready := r.unreported(assignment, shortage); ready > 0 {
+		return ctrl.Result{RequeueAfter: ready}, nil
 	}
 	if err := r.report(ctx, svc, assignment, policy, shortage); err != nil {
 		return ctrl.Result{}, err
 	}
-	if shortage != nil {
+	if shortage != nil && (again == 0 || again > r.options.RetryWaiting) {
 		again = r.options.RetryWaiting
 	}
-	return ctrl.Result{RequeueAfter: max(again, 0)}, nil
+	return ctrl.Result{RequeueAfter: again}, nil
 }
 
 // unreported is for how long a new assignment goes without the condition Allocated because a range that was declared just now becomes ready any

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/client-go/util/flowcontrol"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
@@ -33,7 +34,7 @@ func SetupWithManager(mgr ctrl.Manager, options Options) error {
 	}
 	recorder := mgr.GetEventRecorder("serviceproxy-controller")
 	services := &serviceReconciler{client: mgr.GetClient(), live: mgr.GetAPIReader(), ledger: l, recorder: recorder, options: options,
-		pace: newPace(options.TakeOverRate, l.reconcile)}
+		pace: newPace(options.TakeOverRate, l.reconcile), relabelled: flowcontrol.NewBackOff(relabelFirst, relabelMost)}
 	if err := mgr.Add(services.pace); err != nil {
 		return fmt.Errorf("register the pace of taking Services over: %w", err)
 	}

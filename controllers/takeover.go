@@ -4,10 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -38,41 +41,51 @@ const (
 	moveTimeout = 5 * time.Second
 	// slicesRetry is how often it is looked whether the EndpointSlices lost the label too.
 	slicesRetry = 2 * time.Second
+	// relabelFirst and relabelMost are how long a Service whose label somebody removed again is left to kube-proxy, which takes twice as long each time. Both forward
+	// it meanwhile; who fights for the label must neither keep every kube-proxy busy nor those waiting that are not fought for.
+	relabelFirst, relabelMost = time.Second, 5 * time.Minute
 )
 
 // isExempt says whether a Service is never taken over: agents on nodes that just booted reach the API server by this one, and somebody has to forward it before they do.
 func isExempt(key types.NamespacedName) bool { return key.String() == kubernetesService }
 
-// takeOver labels a Service that every node forwards, if its policy takes Services over.
-func (r *serviceReconciler) takeOver(ctx context.Context, svc *corev1.Service, policy *allocator.Policy, assignment *v1alpha1.ServiceAssignment) error {
+// takeOver labels a Service that every node forwards, if its policy takes Services over. It says after how long to try again, zero if something else will tell.
+func (r *serviceReconciler) takeOver(ctx context.Context, svc *corev1.Service, policy *allocator.Policy, assignment *v1alpha1.ServiceAssignment) (time.Duration, error) {
 	key := client.ObjectKeyFromObject(svc)
 	_, labelled := svc.Labels[v1alpha1.LabelServiceProxyName]
-	if labelled || isExempt(key) || !r.ledger.sharing(policy.Name).takes || !onEveryNode(assignment) || !r.pace.pass(key) {
-		return nil
+	if labelled || isExempt(key) || !r.ledger.sharing(policy.Name).takes || !onEveryNode(assignment) {
+		return 0, nil
+	}
+	if id := key.String(); r.relabelled.IsInBackOffSinceUpdate(id, time.Now()) {
+		return r.relabelled.Get(id), nil
+	}
+	if !r.pace.pass(key) {
+		return 0, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, moveTimeout)
 	defer cancel()
 	// The version guards the Service. The rest of what this was decided by is read past the cache: kube-proxy must not be sent away while nobody else forwards.
 	var now *v1alpha1.ServiceAssignment
 	if found, err := get(ctx, r.live, key, &now); err != nil {
-		return err
+		return 0, err
 	} else if !found || now.UID != assignment.UID || now.DeletionTimestamp != nil || now.Spec.PolicyName != policy.Name || !onEveryNode(now) {
-		return nil // an event is on its way
+		return 0, nil // an event is on its way
 	}
 	var asks *v1alpha1.ServiceProxyPolicy
 	if found, err := get(ctx, r.live, types.NamespacedName{Name: policy.Name}, &asks); err != nil {
-		return err
+		return 0, err
 	} else if !found || string(asks.UID) != policy.UID || asks.DeletionTimestamp != nil || asks.Spec.KubeProxy == v1alpha1.KubeProxyCoexist {
-		return nil
+		return 0, nil
 	}
 	if err := r.relabel(ctx, svc, v1alpha1.ServiceProxyName, policy.Name); err != nil {
-		return fmt.Errorf("take over from kube-proxy: %w", err)
+		return 0, fmt.Errorf("take over from kube-proxy: %w", err)
 	}
-	return nil
+	r.relabelled.Next(key.String(), time.Now())
+	return 0, nil
 }
 
-// handBack gives a Service that leaves its policy, or that its policy may not keep from kube-proxy any more, back to kube-proxy. It says for how long the assignment must
-// stay as it is, zero if it need not. policy is the one that covers the Service now, nil if none does; assignment is nil if there is none.
+// handBack gives a Service that leaves its policy, or that its policy may not keep from kube-proxy any more, back to kube-proxy. It says for how long nodes must
+// go on forwarding it, zero if they need not. policy is the one that covers the Service now, nil if none does; assignment is nil if there is none.
 func (r *serviceReconciler) handBack(ctx context.Context, svc *corev1.Service, policy *allocator.Policy, assignment *v1alpha1.ServiceAssignment) (time.Duration, error) {
 	_, claimed := svc.Annotations[v1alpha1.AnnotationTakenOver]
 	if policy != nil && (r.ledger.sharing(policy.Name).keeps || !claimed && !isHandingBack(assignment)) {
@@ -104,6 +117,40 @@ func (r *serviceReconciler) handBack(ctx context.Context, svc *corev1.Service, p
 		return r.options.HandBackGrace, r.markHandingBack(ctx, assignment)
 	}
 	return r.handingBackFor(ctx, assignment)
+}
+
+// follow keeps what nodes forward of a Service that leaves as the Service is, while all that its policy decided stays: kube-proxy ignores the Service until its turn comes, so
+// nobody else forwards a port that it gets meanwhile.
+func (r *serviceReconciler) follow(ctx context.Context, svc *corev1.Service, a *v1alpha1.ServiceAssignment) error {
+	if a == nil || a.Spec.ServiceUID != svc.UID || !isOurs(a.Labels) || !hasAddresses(svc) {
+		return nil
+	}
+	policy := &v1alpha1.ServiceProxyPolicy{ObjectMeta: metav1.ObjectMeta{Name: a.Spec.PolicyName}, Spec: v1alpha1.ServiceProxyPolicySpec{
+		ProxyMode: a.Spec.ProxyMode, Scheduler: a.Spec.Scheduler, NodeSelector: a.Spec.NodeSelector, NodePortAddresses: a.Spec.NodePortAddresses}}
+	var additional, vips []netip.Addr
+	for _, ip := range a.Spec.ServiceIPs {
+		if addr, err := netip.ParseAddr(ip.IP); err == nil && ip.Source == v1alpha1.ServiceIPSourceAdditional {
+			additional = append(additional, addr)
+		}
+	}
+	for _, ip := range a.Spec.LoadBalancerIPs {
+		if addr, err := netip.ParseAddr(ip); err == nil {
+			vips = append(vips, addr)
+		}
+	}
+	want := CompileAssignment(svc, policy, additional, vips)
+	if isHandingBack(a) {
+		want.HealthCheckNodePort = 0 // given up already
+	}
+	if equality.Semantic.DeepEqual(a.Spec, want) {
+		return nil
+	}
+	updated := a.DeepCopy()
+	updated.Spec = want
+	if err := r.client.Update(ctx, updated); err != nil {
+		return fmt.Errorf("update the assignment of a Service that is handed back: %w", err)
+	}
+	return nil
 }
 
 // untilPassed is for how long a Service waits at most for its turn to be labelled. Its turn has it reconciled, so this is only in case that gets lost.

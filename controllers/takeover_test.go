@@ -30,7 +30,7 @@ func moving(grace time.Duration) Options {
 	return o
 }
 
-// node makes a node whose agent reports where kube-proxy is, until the spec ends.
+// node makes a node, until the spec ends, whose agent reports where kube-proxy is, if anything.
 func (t *tenant) node(name string, kubeProxy v1alpha1.KubeProxyPresence, labels map[string]string) {
 	GinkgoHelper()
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name + "-" + t.name, Labels: labels}}
@@ -41,7 +41,9 @@ func (t *tenant) node(name string, kubeProxy v1alpha1.KubeProxyPresence, labels 
 	state := &v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: node.Name}}
 	Expect(k8s.Create(ctx, state)).To(Succeed())
 	DeferCleanup(func() { Expect(client.IgnoreNotFound(k8s.Delete(ctx, state))).To(Succeed()) })
-	t.kubeProxy(name, kubeProxy)
+	if kubeProxy != "" {
+		t.kubeProxy(name, kubeProxy)
+	}
 }
 
 func (t *tenant) kubeProxy(node string, presence v1alpha1.KubeProxyPresence) {
@@ -160,6 +162,55 @@ var _ = Describe("TakeOver", func() {
 	})
 })
 
+var _ = Describe("TakeOver beside what is not well", func() {
+	It("waits for agents on Ready nodes to report, and leaves alone what was taken over", func() {
+		t := newTenant()
+		t.node("n1", v1alpha1.KubeProxyNFTables, nil)
+		p := t.policy("", nil)
+		t.service("a", nil)
+		startManager(moving(time.Minute), nil)
+		t.programmed("a")
+		Eventually(t.label("a")).Should(Equal(handedOver + " by " + t.name))
+
+		By("a node joins, and its agent is not there yet: what was Programmed before says nothing of it")
+		t.node("n2", "", nil)
+		t.service("b", nil)
+		t.programmed("b")
+		Eventually(policyCondition(p, v1alpha1.PolicyTakenOver)).Should(Equal("False AgentSilent: kube-proxy leaves 1 of 2 covered Services to us, and keeps the others while agents on Ready nodes do not report: n2-" + t.name))
+		Consistently(t.label("b")).Should(BeEmpty())
+		t.kubeProxy("n2", v1alpha1.KubeProxyNFTables)
+		Eventually(t.label("b")).Should(Equal(handedOver + " by " + t.name))
+
+		By("an agent falls silent")
+		state := &v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: "n2-" + t.name}}
+		Expect(k8s.Status().Patch(ctx, state, client.RawPatch(types.MergePatchType, fmt.Appendf(nil,
+			`{"status":{"conditions":[{"type":"Ready","status":"Unknown","reason":"AgentSilent","message":"","lastTransitionTime":%q}]}}`, time.Now().UTC().Format(time.RFC3339))))).To(Succeed())
+		t.service("c", nil)
+		t.programmed("c")
+		Eventually(policyCondition(p, v1alpha1.PolicyTakenOver)).Should(HavePrefix("False AgentSilent: kube-proxy leaves 2 of 3 covered Services to us"))
+		Consistently(t.label("c")).Should(BeEmpty())
+		Expect(t.label("a")()).To(Equal(handedOver + " by " + t.name))
+	})
+
+	It("does not fight for the label all the time", func() {
+		t := newTenant()
+		t.node("n1", v1alpha1.KubeProxyNFTables, nil)
+		t.policy("", nil)
+		t.service("a", nil)
+		startManager(moving(time.Minute), nil)
+		t.programmed("a")
+		labelled := 0
+		for begun := time.Now(); time.Since(begun) < 2500*time.Millisecond; { // after 0 s, 1 s, 3 s
+			if t.label("a")() != "" {
+				labelled++
+				mergePatch(t.existing("a"), map[string]any{"metadata": map[string]any{"labels": map[string]any{v1alpha1.LabelServiceProxyName: nil}, "annotations": map[string]any{v1alpha1.AnnotationTakenOver: nil}}})
+			}
+		}
+		Expect(labelled).To(BeNumerically("<=", 2))
+		Eventually(t.label("a")).Should(Equal(handedOver+" by "+t.name), "the fight is over")
+	})
+})
+
 var _ = Describe("going back to kube-proxy", func() {
 	// takenOver makes a policy that has taken Service a over.
 	takenOver := func(grace time.Duration) (*tenant, *v1alpha1.ServiceProxyPolicy) {
@@ -238,6 +289,29 @@ var _ = Describe("going back to kube-proxy", func() {
 		Eventually(func() bool { return isHandingBack(t.assignment("a")) }).Should(BeFalse())
 		t.programmed("a")
 		Eventually(t.label("a")).Should(Equal(handedOver + " by " + t.name))
+	})
+
+	It("keeps a Service that waits for its turn as its user changes it, because kube-proxy does not see it yet", func() {
+		t := newTenant()
+		t.node("n1", v1alpha1.KubeProxyNFTables, map[string]string{"pool": t.name})
+		p := t.policy("", ranges(t.v4))
+		svc := t.service("a", nil)
+		slow := moving(time.Minute)
+		slow.TakeOverRate = 0.001 // the first turn is for labelling
+		startManager(slow, nil)
+		t.allocated(svc)
+		t.programmed("a")
+		Eventually(t.label("a")).Should(Equal(handedOver + " by " + t.name))
+		own := t.assignment("a").Spec.ServiceIPs
+		Expect(own).To(HaveLen(2), "its own, and one of the policy")
+		updatePolicy(p, func(s *v1alpha1.ServiceProxyPolicySpec) {
+			s.KubeProxy, s.NodeSelector.MatchLabels = v1alpha1.KubeProxyCoexist, map[string]string{"pool": "other"}
+		})
+		mergePatch(t.existing("a"), map[string]any{"spec": map[string]any{"ports": []map[string]any{{"port": 81, "protocol": "TCP"}}}})
+		Eventually(func() any { return t.assignment("a").Spec.Ports }).Should(HaveExactElements(HaveField("Port", BeEquivalentTo(81))))
+		Expect(t.label("a")()).To(Equal(handedOver+" by "+t.name), "its turn has not come")
+		Expect(t.assignment("a").Spec.ServiceIPs).To(Equal(own))
+		Expect(t.assignment("a").Spec.NodeSelector.MatchLabels).To(BeEmpty())
 	})
 
 	It("waits for the EndpointSlices, without which kube-proxy would refuse", func() {
