@@ -17,16 +17,16 @@ case $kind in
   unit) modules=(test/oracle) ;;
   # Go cannot see what these read (programs, manifests, the kernel), so it must not remember their results.
   envtest)
-    # They mostly wait, for an API server or for a time to be over: on two processors four of them run side by side as fast as two. Those that take
-    # longest come first, because nothing is left to run beside the last one.
-    flags+=(-count=1 -timeout=15m "-p=$((2 * $(nproc)))")
+    # They wait a good part of their time, for an API server or for a time to be over, so one more than there are processors run side by side. Those that
+    # take longest come first, because nothing is left to run beside the last one.
+    flags+=(-count=1 -timeout=15m "-p=$(($(nproc) + 1))")
     mapfile -t packages < <(printf '%s\n' "${packages[@]}" | awk '/\/(controllers|cmd\/controller)$/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }')
     ;;
   netns | e2e)
     flags+=(-count=1 -timeout=20m -p=1) # side by side they would measure and disturb one another
     if [ "$(id -u)" -ne 0 ]; then
       if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
-        flags+=(-exec "sudo --preserve-env=PATH,HOME,CI,KUBEBUILDER_ASSETS,BACKENDTEST_RECORDS,GOFLAGS,GOCACHE,GOMODCACHE")
+        flags+=(-exec "sudo --preserve-env=PATH,HOME,CI,KUBEBUILDER_ASSETS,BACKENDTEST_RECORDS,PARITY_CACHE,GOFLAGS,GOCACHE,GOMODCACHE")
       else
         echo "$kind tests make network namespaces and need root: without it they are skipped. Run this as root, or let sudo work without a password." >&2
       fi
@@ -41,6 +41,9 @@ fi
 report=$(mktemp)
 BACKENDTEST_RECORDS=$(mktemp -d) # where test/parity, which comes later, finds what backends' tests found
 export BACKENDTEST_RECORDS
+# Where test/parity keeps what it finds of kube-proxy, for as long as nothing that it follows from changes.
+PARITY_CACHE=${PARITY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/serviceproxy-operator/parity}
+export PARITY_CACHE
 trap 'rm -rf "$report" "$BACKENDTEST_RECORDS"' EXIT
 go build -o "$report" ./hack/testreport # not `go run`, which would hide the exit status
 echo "--- $kind tests ($((${#packages[@]} + ${#modules[@]})) packages)"
