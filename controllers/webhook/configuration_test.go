@@ -473,7 +473,6 @@ var _ = Describe("The certificate", func() {
 		enough()
 		creators.Wait()
 		Expect(failed.Load()).To(BeZero())
-		Expect(created.Load()).To(BeNumerically(">", 100))
 		Expect(bundles).To(HaveKey(2), "both authorities were trusted for some time")
 		GinkgoWriter.Printf("%d Services created during a rotation, none failed\n", created.Load())
 
