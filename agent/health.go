@@ -24,6 +24,7 @@ type health struct {
 	started time.Time
 
 	mu          sync.Mutex
+	inherited   bool      // the kernel holds what an earlier run left
 	lastUpdated time.Time // when the kernel last held all it should
 	since       time.Time // since when an update waits; zero if none does
 }
@@ -33,6 +34,13 @@ func newHealth(s *store, m *metrics) *health {
 		_, _, lacks := s.pending()
 		return lacks
 	}}
+}
+
+// inherits says that the kernel holds what an earlier run left.
+func (h *health) inherits() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.inherited = true
 }
 
 // updated says that the kernel holds all it should.
@@ -101,8 +109,11 @@ func (h *health) healthy() (healthBody, bool) {
 		if lacks := h.lacks(); lacks != "" {
 			body.Problem = "waiting for " + lacks
 		}
-		// What an earlier run left in the kernel still forwards, so an agent that just started is not yet unhealthy.
-		ok = ok && body.CurrentTime.Sub(h.started) < healthTimeout
+		// What an earlier run left in the kernel forwards as well as that of an agent that has lost the API server. Without it the node forwards nothing, which
+		// is no surprise just after a boot only.
+		h.mu.Lock()
+		ok = ok && (h.inherited || body.CurrentTime.Sub(h.started) < healthTimeout)
+		h.mu.Unlock()
 	}
 	return body, ok
 }

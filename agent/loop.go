@@ -94,7 +94,9 @@ func newLoop(log logr.Logger, s *store, table []Mode, m *metrics, h *health, tel
 // run works until ctx ends. What the kernel holds then stays.
 func (l *loop) run(ctx context.Context) error {
 	for _, d := range l.planes {
-		l.probe(ctx, d)
+		if l.probe(ctx, d); d.inherits(ctx) {
+			l.health.inherits()
+		}
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()

@@ -348,6 +348,37 @@ func TestHealthBodyBeforeTheFirstSync(t *testing.T) {
 	})
 }
 
+// An agent that starts while the API server is away is healthy for as long as what an earlier run left forwards, and else for a minute.
+func TestHealthWhileTheFirstSyncTakesLong(t *testing.T) {
+	for _, inherits := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newRig(t, v1alpha1.ProxyModeNFTables)
+			if inherits {
+				s := &forwarding.Service{Key: forwarding.ServiceKey{Namespace: "shop", Name: "web", Port: 80, Protocol: forwarding.TCP}}
+				r.modes[0].kernel[s.Key] = s
+			}
+			defer r.run()()
+			pause(healthTimeout - time.Second)
+			if code := probe(r, "/healthz"); code != 200 {
+				t.Errorf("inherits %t: %d within the first minute", inherits, code)
+			}
+			pause(time.Hour)
+			want := map[bool]int{true: 200, false: 503}[inherits]
+			if code, body := asked(r, "/healthz"); code != want || !strings.Contains(body, "waiting for the list") {
+				t.Errorf("inherits %t: %d %s, want %d", inherits, code, body, want)
+			}
+			if probe(r, "/livez") != 200 || probe(r, "/readyz") != 503 {
+				t.Errorf("inherits %t: a restart would not help, and nobody knows what is in force", inherits)
+			}
+			r.sync()
+			pause(time.Second)
+			if probe(r, "/healthz") != 200 || probe(r, "/readyz") != 200 {
+				t.Errorf("inherits %t: not healthy after the first sync", inherits)
+			}
+		})
+	}
+}
+
 // Whatever a node's probes say, the order of its feeds must not matter: a Node that comes while it is tainted is not eligible either.
 func TestTaintedFromTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

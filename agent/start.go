@@ -64,3 +64,12 @@ func (d *dataplane) blank(ctx context.Context) bool {
 	}
 	return blank && err == nil
 }
+
+// inherits says whether the kernel is known to hold rules of the mode before anything is programmed.
+func (d *dataplane) inherits(ctx context.Context) bool {
+	if d.Blank == nil || !d.available() {
+		return false
+	}
+	blank, err := d.Blank(ctx)
+	return err == nil && !blank // if it cannot be told, blank says so when it matters
+}
