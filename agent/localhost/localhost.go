@@ -42,7 +42,7 @@ const (
 	// connectTimeout is how long one endpoint may take to accept a connection; connectTries is how many are asked.
 	connectTimeout = 3 * time.Second
 	connectTries   = 4
-	// rest is how long it takes until the same trouble is logged again.
+	// rest is how long it takes until the same trouble is logged again, or run into again if only that shows that it is over.
 	rest = time.Minute
 )
 
@@ -77,8 +77,10 @@ type Proxy struct {
 
 	mu     sync.Mutex
 	routed bool // the kernel routes loopback addresses
-	ports  map[portKey]*port
-	logged map[string]time.Time // when each kind of trouble was logged last
+	// routeAfter is when it may be tried again to have it do that.
+	routeAfter time.Time
+	ports      map[portKey]*port
+	logged     map[string]time.Time // when each kind of trouble was logged last
 }
 
 // portKey is what is listened at.
@@ -177,9 +179,11 @@ func servedAt(s *forwarding.Service, a netip.Addr) bool {
 // route lets the kernel translate connections to 127.0.0.0/8. It is not taken back as long as the agent is on the node: that would cut connections, and others
 // may rely on it by now. Callers hold mu.
 func (p *Proxy) route() {
-	if p.routed {
+	now := time.Now()
+	if p.routed || now.Before(p.routeAfter) {
 		return
 	}
+	p.routeAfter = now.Add(rest)
 	var raised bool
 	err := p.host.do(func() (err error) { raised, err = p.host.Route(); return err })
 	if err != nil {

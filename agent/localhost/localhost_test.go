@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -464,6 +465,30 @@ func TestTheKernelMayRouteLoopbackOnlyWhenAServiceAsks(t *testing.T) {
 	if routed != 1 {
 		t.Errorf("the kernel was told %d times to route loopback addresses for Services that ask for localhost", routed)
 	}
+}
+
+// Where the parameter cannot be set, changes of Services must not make the kernel commit the same rule again and again.
+func TestRoutingLoopbackIsTriedAgainInAWhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tries := 0
+		p := New(logr.Discard(), Host{Route: func() (bool, error) {
+			if tries++; tries < 3 {
+				return false, os.ErrPermission
+			}
+			return true, nil
+		}})
+		defer p.Close()
+		a, b := service(forwarding.SCTP, "10.0.0.1:80"), service(forwarding.SCTP, "10.0.0.2:80")
+		a.NodePortAddresses = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}
+		b.NodePortAddresses = a.NodePortAddresses
+		for range 300 {
+			p.Changed(a, b)
+			time.Sleep(time.Second)
+		}
+		if tries != 3 {
+			t.Errorf("tried %d times in five minutes, want once a minute until it works", tries)
+		}
+	})
 }
 
 func TestAffinityLastsItsTime(t *testing.T) {
