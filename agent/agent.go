@@ -114,7 +114,7 @@ func Run(ctx context.Context, c Config) error {
 	running.Go(func() { watchNeighbour(ctx, c.Log.WithName("kube-proxy"), kubeproxy.Find, r.beside) })
 	kernel := make(chan sysctl.Conntrack)
 	running.Go(func() { newTuner(c.Log.WithName("sysctl"), r.tuned).run(ctx, c.Settings.Conntrack, kernel) })
-	running.Go(func() { follow(ctx, c.Changes, s, kernel) })
+	running.Go(func() { follow(ctx, c.Log, c.Changes, s, kernel) })
 	if c.Conntrack != nil {
 		running.Go(func() { flows.Run(ctx, c.Conntrack) })
 	}
@@ -127,7 +127,7 @@ func Run(ctx context.Context, c Config) error {
 }
 
 // follow passes other settings on as they come, until there are no more or ctx ends.
-func follow(ctx context.Context, changes <-chan Settings, s *store, kernel chan<- sysctl.Conntrack) {
+func follow(ctx context.Context, log logr.Logger, changes <-chan Settings, s *store, kernel chan<- sysctl.Conntrack) {
 	for {
 		select {
 		case <-ctx.Done():
@@ -136,7 +136,9 @@ func follow(ctx context.Context, changes <-chan Settings, s *store, kernel chan<
 			if !open {
 				return
 			}
-			s.configure(settings)
+			if waitFor := s.configure(settings); waitFor != "" {
+				log.Info("The settings for all Services are not in force yet, those before them are: detectLocalMode NodeCIDR needs what is missing", "missing", waitFor)
+			}
 			select {
 			case kernel <- settings.Conntrack:
 			case <-ctx.Done():

@@ -140,7 +140,7 @@ func TestSettingsChangeWhileItRuns(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() {
-			follow(ctx, changes, r.store, kernel)
+			follow(ctx, r.loop.log, changes, r.store, kernel)
 			close(ended)
 		}()
 		defer func() {
@@ -175,6 +175,9 @@ func TestSettingsChangeWhileItRuns(t *testing.T) {
 		expect(t, "kernel", endpointsIn(nft, "web"), "of 10.1.0.2")
 		if got := nft.standsOn(); !got.Equal(want) {
 			t.Errorf("stands on %+v although nothing better is known", got)
+		}
+		if r.logs(`"missing"="spec.podCIDRs of this agent's own Node"`) != 1 {
+			t.Error("nobody is told that the settings are not in force")
 		}
 		r.put(podCIDRs(newNode("a"), "10.1.0.0/24"))
 		pause(time.Second)

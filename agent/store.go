@@ -117,10 +117,13 @@ func (s *store) lacks() string {
 	case s.node == nil:
 		return "this agent's own Node"
 	case s.ground == nil && !s.groundKnown():
-		return "spec.podCIDRs of this agent's own Node"
+		return podRanges
 	}
 	return ""
 }
+
+// podRanges is what settings with NodeCIDR build on.
+const podRanges = "spec.podCIDRs of this agent's own Node"
 
 // groundKnown says whether all is there that the settings build on. Where it is not, what was in force goes on. Callers hold mu.
 func (s *store) groundKnown() bool { return !s.settings.NodeCIDR || len(s.node.PodCIDRs) > 0 }
@@ -132,12 +135,16 @@ func (s *store) pending() (services, endpoints int, lacks string) {
 	return s.changes.services, s.changes.endpoints, s.lacks()
 }
 
-// configure replaces the settings.
-func (s *store) configure(settings Settings) {
+// configure replaces the settings, and says what they wait for if they cannot be in force yet.
+func (s *store) configure(settings Settings) (waitFor string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.settings = settings
 	s.signal()
+	if s.node != nil && !s.groundKnown() {
+		return podRanges
+	}
+	return ""
 }
 
 // nodeLeaving says whether the node is being deleted.
