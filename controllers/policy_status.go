@@ -278,6 +278,8 @@ func (v policyView) takenOver() metav1.Condition {
 		return not(reasonTakingOver, "kube-proxy leaves %d of %d covered Services to us", t.released, covered)
 	case both > 0:
 		return not(reasonNotEverywhere, "kube-proxy leaves %d of %d covered Services to us; the others are not forwarded by every Ready node yet: kubectl get svca -A tells which", t.released, covered)
+	case v.unsettled: // who waits for a new policy to take over must not be told so before it covers anything
+		return not(reasonNotEverywhere, "not every Service that the policy may cover has been assigned since policies changed")
 	}
 	but := ""
 	if t.exempt > 0 {

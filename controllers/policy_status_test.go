@@ -106,6 +106,11 @@ func TestTakenOverDoesNotWaitForTheAPIServersService(t *testing.T) {
 	}
 	l.onService(nil, &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web", Labels: map[string]string{v1alpha1.LabelServiceProxyName: v1alpha1.ServiceProxyName},
 		Annotations: map[string]string{v1alpha1.AnnotationTakenOver: "all"}}})
+	view.unsettled = true
+	if got, want := state(), "WaitingForProgrammed: not every Service"; !strings.HasPrefix(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	view.unsettled = false
 	if got, want := state(), "TakenOver: kube-proxy leaves all 1 covered Services to us; it goes on with default/kubernetes, too, for nodes that boot"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
