@@ -36,6 +36,8 @@ esac
 if [ "$kind" != unit ]; then
   KUBEBUILDER_ASSETS=$(hack/tools/kubernetes/build.sh)
   export KUBEBUILDER_ASSETS
+  # envtest waits for 20s. kube-apiserver takes longer on a machine that is busy, and one that comes too late is left behind.
+  export KUBEBUILDER_CONTROLPLANE_START_TIMEOUT=${KUBEBUILDER_CONTROLPLANE_START_TIMEOUT:-2m}
 fi
 
 report=$(mktemp)
