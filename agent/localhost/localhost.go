@@ -10,6 +10,7 @@ package localhost
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -265,6 +266,7 @@ func (p *Proxy) complain(kind string, err error, message string, keysAndValues .
 	if last, ok := p.logged[kind]; ok && now.Sub(last) < rest {
 		return
 	}
+	maps.DeleteFunc(p.logged, func(_ string, last time.Time) bool { return now.Sub(last) >= rest }) // of Services that may be gone by now
 	p.logged[kind] = now
 	if err == nil {
 		p.log.Info(message, keysAndValues...)

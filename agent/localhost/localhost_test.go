@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -487,6 +488,20 @@ func TestRoutingLoopbackIsTriedAgainInAWhile(t *testing.T) {
 		}
 		if tries != 3 {
 			t.Errorf("tried %d times in five minutes, want once a minute until it works", tries)
+		}
+	})
+}
+
+func TestTroubleIsForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := New(logr.Discard(), Host{})
+		defer p.Close()
+		for i := range 600 {
+			p.trouble("connect "+strconv.Itoa(i), os.ErrDeadlineExceeded, "No endpoint accepted a connection")
+			time.Sleep(time.Second)
+		}
+		if n := len(p.logged); n > 61 {
+			t.Errorf("troubles of %d Services are remembered, want those of the last minute", n)
 		}
 	})
 }
