@@ -174,7 +174,7 @@ func (l *loop) stand(b batch) {
 // fold carries a batch into what the dataplanes want. Nothing of it is lost if the kernel refuses: want stays.
 func (l *loop) fold(b batch) {
 	l.received = b.marks
-	l.triggers = append(l.triggers, b.triggers...)
+	l.triggers = appendTriggers(l.triggers, b.triggers...)
 	for _, in := range b.inputs {
 		l.recompile(in)
 	}

@@ -773,6 +773,16 @@ func TestCleanup(t *testing.T) {
 	}
 }
 
+func TestTriggersAreBounded(t *testing.T) {
+	var list []time.Time
+	for range 3 {
+		list = appendTriggers(list, make([]time.Time, maxTriggers/2+1)...)
+	}
+	if list = appendTriggers(list, time.Now()); len(list) != maxTriggers {
+		t.Errorf("%d changes are remembered, want %d", len(list), maxTriggers)
+	}
+}
+
 func TestNetworkProgrammingIsMeasured(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, v1alpha1.ProxyModeNFTables)

@@ -177,6 +177,13 @@ func advance(mark *string, resourceVersion string) {
 	}
 }
 
+// maxTriggers bounds how many changes are remembered that wait for the kernel: a kernel that refuses for days must not fill the memory. Those beyond are not measured.
+const maxTriggers = 1 << 16
+
+func appendTriggers(list []time.Time, more ...time.Time) []time.Time {
+	return append(list, more[:min(len(more), maxTriggers-len(list))]...)
+}
+
 // kindFeed is the store as the source of one kind of object sees it. Its pointers are to what the store keeps for that kind.
 type kindFeed[T any] struct {
 	*store
@@ -200,7 +207,7 @@ func (f *kindFeed[T]) put(o *object[T]) {
 	defer f.mu.Unlock()
 	// What happened before this agent started was not slow to be programmed because of it.
 	if f.set(o.name, o.value) && o.trigger.After(f.started) {
-		f.triggers = append(f.triggers, o.trigger)
+		f.triggers = appendTriggers(f.triggers, o.trigger)
 	}
 	advance(f.mark, o.resourceVersion)
 	f.signal()
