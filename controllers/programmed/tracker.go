@@ -412,7 +412,7 @@ func (t *tracker) evaluate(now time.Time) (due []types.NamespacedName, next time
 		covered := survey(g.nodes, key.mode)
 		for _, a := range slices.Backward(g.pending) { // because those that are latched leave it meanwhile
 			if reason := covered.reason(a.target); reason != ReasonProgrammed {
-				if at := a.dueAt(reason); now.Before(at) || falses == falsesPerEvaluation {
+				if at := a.dueAt(reason, covered.hold(a.target)); now.Before(at) || falses == falsesPerEvaluation {
 					next = earlier(next, at)
 					continue
 				}
@@ -433,9 +433,10 @@ func (t *tracker) evaluate(now time.Time) (due []types.NamespacedName, next time
 	return due, next
 }
 
-// dueAt is when a False with this reason may be decided.
-func (a *assignment) dueAt(reason string) time.Time {
-	if reason == a.want.reason {
+// dueAt is when a False with this reason may be decided. That by now every node holds what has no endpoints is as good as another reason: load-balancer addresses are shown then,
+// and kube-proxy lets go.
+func (a *assignment) dueAt(reason string, held bool) time.Time {
+	if reason == a.want.reason && !(held && a.want.programmed < a.want.desired) {
 		return a.lookAfter
 	}
 	return a.reasonAt

@@ -269,6 +269,28 @@ func TestEndpointsBecomeReadyLater(t *testing.T) {
 	w.expect(t, "web: Programmed")
 }
 
+// Who waits for every node to refuse the connections of a Service without endpoints is not kept waiting for the next look at it.
+func TestNodeThatIsLateWithAServiceWithoutEndpoints(t *testing.T) {
+	w := newWorld()
+	w.addNode("a", true, nil)
+	w.addNode("b", true, nil)
+	w.assign("web")
+	w.report("a")
+	w.step(soon)
+	w.expect(t, "web: NoReadyEndpoints")
+	w.step(firstRefresh) // 1 of 2 nodes still
+	w.expect(t)
+	w.report("b")
+	w.step(settle)
+	w.expect(t, "web: NoReadyEndpoints")
+	if n := w.objects[key("web")].Status.Nodes; n.Programmed != 2 {
+		t.Errorf("%d of %d nodes", n.Programmed, n.Desired)
+	}
+	w.addNode("c", true, nil)
+	w.step(soon)
+	w.expect(t) // that one is late is no news for as long
+}
+
 func TestEachPortNeedsAnEndpoint(t *testing.T) {
 	w := newWorld()
 	w.addNode("a", true, nil)

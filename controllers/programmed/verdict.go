@@ -96,10 +96,15 @@ func (c coverage) reason(t target) string {
 		return ReasonModeUnsupported
 	case t.lacking != "":
 		return ReasonNoReadyEndpoints
-	case c.silent > 0 || !c.lowest.reached(t.marks):
+	case !c.hold(t):
 		return ReasonWaitingForNodes
 	}
 	return ReasonProgrammed
+}
+
+// hold says whether every node that counts holds a target.
+func (c coverage) hold(t target) bool {
+	return c.desired > 0 && c.unable == 0 && c.silent == 0 && c.lowest.reached(t.marks)
 }
 
 // verdict is what the status of an assignment should say.
