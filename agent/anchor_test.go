@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,13 +13,40 @@ import (
 )
 
 // fakeAnchor is an anchor with so many connections open.
-type fakeAnchor struct{ open, tries, removed int }
+type fakeAnchor struct {
+	mu                   sync.Mutex
+	open, tries, removed int
+}
 
 func (f *fakeAnchor) anchor() *Anchor {
 	return &Anchor{
-		Release: func(context.Context) (bool, error) { f.tries++; return f.open == 0, nil },
-		Remove:  func(context.Context) error { f.removed++; return nil },
+		Release: func(context.Context) (bool, error) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.tries++
+			return f.open == 0, nil
+		},
+		Remove: func(context.Context) error {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.removed++
+			return nil
+		},
 	}
+}
+
+// end ends all connections.
+func (f *fakeAnchor) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.open = 0
+}
+
+// counts gives how often it was tried to release it, and how often it was removed.
+func (f *fakeAnchor) counts() (tries, removed int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.tries, f.removed
 }
 
 // The anchor stays while a mode is in use, then until the last connection has ended, but not for ever.
@@ -76,25 +104,26 @@ func TestLoopReleasesTheAnchor(t *testing.T) {
 		r := newRig(t, v1alpha1.ProxyModeNFTables)
 		f := fakeAnchor{open: 1}
 		r.loop.planes[0].Anchor = f.anchor()
-		defer r.run()()
+		stop := r.run()
 		r.sync()
 		pause(time.Second)
-		if r.modes[0].cleanups != 1 || f.tries != 1 {
-			t.Fatalf("%d clean-ups, %d tries", r.modes[0].cleanups, f.tries)
+		if tries, _ := f.counts(); r.modes[0].cleanups != 1 || tries != 1 {
+			t.Errorf("%d clean-ups, %d tries", r.modes[0].cleanups, tries)
 		}
-		f.open = 0
+		f.end()
 		pause(releaseEvery)
-		if f.tries != 2 || f.removed != 0 {
-			t.Errorf("%d tries, removed %d times", f.tries, f.removed)
+		if tries, removed := f.counts(); tries != 2 || removed != 0 {
+			t.Errorf("%d tries, removed %d times", tries, removed)
 		}
 		pause(time.Hour)
-		if f.tries != 2 {
-			t.Errorf("%d tries after it was gone", f.tries-2)
+		if tries, _ := f.counts(); tries != 2 {
+			t.Errorf("%d tries after it was gone", tries-2)
 		}
 		r.put(newAssignment("web", "10.99.0.1"))
 		r.put(newSlice("web", "10.1.0.1"))
 		pause(time.Hour)
-		if f.tries != 2 || r.loop.anchorage.gone {
+		stop()
+		if tries, _ := f.counts(); tries != 2 || r.loop.anchorage.gone {
 			t.Error("the anchor is let go of while a Service needs it")
 		}
 	})
