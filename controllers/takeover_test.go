@@ -385,9 +385,8 @@ var _ = Describe("a controller that is killed on the way from kube-proxy and bac
 
 // hands follows who forwards Services, write by write, over several controllers.
 type hands struct {
-	mu         sync.Mutex
-	unlabelled time.Time
-	broken     []string
+	mu     sync.Mutex
+	broken []string
 }
 
 // follow looks at each write of a client: a Service is labelled only while every node forwards it, and let go of only when kube-proxy has had its time.
@@ -404,12 +403,11 @@ func (h *hands) follow(inner client.Client, grace time.Duration) client.Client {
 				return err
 			}
 			if svc, ok := obj.(*corev1.Service); ok && svc.Labels[v1alpha1.LabelServiceProxyName] != before {
-				h.mu.Lock()
-				h.unlabelled = time.Now()
-				h.mu.Unlock()
 				var a v1alpha1.ServiceAssignment
 				if err := k8s.Get(ctx, client.ObjectKeyFromObject(svc), &a); err != nil || before == "" && !onEveryNode(&a) {
 					tell("label %q became %q while not every node forwards the Service: %v", before, svc.Labels[v1alpha1.LabelServiceProxyName], err)
+				} else if left := timeLeft(&a, grace); before != "" && left < -time.Second { // a second for both writes
+					tell("the label went when kube-proxy's time had been over for %v", -left)
 				}
 			}
 			return nil
@@ -426,15 +424,21 @@ func (h *hands) follow(inner client.Client, grace time.Duration) client.Client {
 			if svc.Labels[v1alpha1.LabelServiceProxyName] != "" {
 				tell("the assignment goes while kube-proxy ignores the Service")
 			}
-			h.mu.Lock()
-			early := grace - time.Since(h.unlabelled)
-			h.mu.Unlock()
-			if early > grace/5 { // the mark is made before the label goes
-				tell("the assignment goes %v before kube-proxy's time is over", early)
+			if left := timeLeft(obj, grace); left > 0 {
+				tell("the assignment goes %v before kube-proxy's time is over", left)
 			}
 			return nil
 		},
 	})
+}
+
+// timeLeft is what is left of kube-proxy's time: all of it if it has not begun.
+func timeLeft(assignment client.Object, grace time.Duration) time.Duration {
+	since, err := time.Parse(time.RFC3339, assignment.GetAnnotations()[v1alpha1.AnnotationHandingBack])
+	if err != nil {
+		return grace
+	}
+	return time.Until(since.Add(grace))
 }
 
 // events are the reasons of the events about a policy.
