@@ -117,6 +117,7 @@ type ledger struct {
 	resolved  []*allocator.Policy
 	conflicts []allocator.Conflict
 	stale     bool      // resolved is older than its inputs
+	unshared  bool      // shared is
 	nextReady time.Time // when a range's grace ends, zero if none is in it
 
 	serviceQueue, policyQueue queue
@@ -282,6 +283,10 @@ func (w *waitlist) pop() (key types.NamespacedName, ok bool) {
 // refresh settles the policies' ranges anew if anything that decides about them changed. Callers hold mu.
 func (l *ledger) refresh(now time.Time) {
 	if !l.stale && (l.nextReady.IsZero() || now.Before(l.nextReady)) {
+		if l.unshared { // nodes come, go and flap all the time, and what policies declare has nothing to do with it
+			l.share()
+			l.touchAll()
+		}
 		return
 	}
 	l.stale, l.nextReady = false, time.Time{}
@@ -306,7 +311,7 @@ func (l *ledger) refresh(now time.Time) {
 	// A policy that is not accepted because of a clash keeps its rights against younger ones: nodes come and go, and a range that changed hands with them would in the
 	// end have been given out by two policies.
 	l.resolved, l.conflicts = allocator.Resolve(parsed)
-	l.share(l.resolved)
+	l.share()
 	l.space.Configure(l.resolved, server)
 	for _, p := range l.resolved {
 		if usableRanges(p) > before[p.Name] {

@@ -192,7 +192,7 @@ func (l *ledger) setNode(name string, n nodeEntry) {
 	was := l.nodes[name]
 	// How policies share the cluster with kube-proxy depends on all of these.
 	sharing := was.exists != n.exists || was.ready != n.ready || was.kubeProxy != n.kubeProxy || was.reports != n.reports || !maps.Equal(was.labels, n.labels)
-	l.stale = l.stale || sharing
+	l.unshared = l.unshared || sharing
 	if !n.exists && n.modes == nil && n.localPorts == nil && n.kubeProxy == "" && !n.reports {
 		delete(l.nodes, name)
 	} else {

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
@@ -113,5 +114,31 @@ func TestTakenOverDoesNotWaitForTheAPIServersService(t *testing.T) {
 	view.unsettled = false
 	if got, want := state(), "TakenOver: kube-proxy leaves all 1 covered Services to us; it goes on with default/kubernetes, too, for nodes that boot"; got != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// Nodes flap. Admission waits for what follows from it, so that is not everything that policies declare.
+func TestNodesThatFlapOnlyChangeTheSharing(t *testing.T) {
+	l := newLedger(Options{}.withDefaults())
+	deleted := metav1.Now()
+	l.onPolicy(nil, &v1alpha1.ServiceProxyPolicy{ObjectMeta: metav1.ObjectMeta{Name: "all", UID: "1", DeletionTimestamp: &deleted}})
+	settled := func() *allocator.Policy {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.refresh(time.Now())
+		return l.resolved[0]
+	}
+	before := settled()
+	for _, name := range []string{"a", "b"} {
+		l.onNode(nil, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}}})
+	}
+	if settled() != before || l.kubeProxy.some || len(l.kubeProxy.silent) != 2 {
+		t.Errorf("got %+v", l.kubeProxy)
+	}
+	for _, name := range []string{"a", "b"} {
+		l.onNodeProxyState(nil, &v1alpha1.NodeProxyState{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: v1alpha1.NodeProxyStateStatus{KubeProxy: v1alpha1.KubeProxyIPTables}})
+	}
+	if now := settled(); now == before || before.HandsBack || !now.HandsBack || !l.sharing("all").handsBack {
+		t.Errorf("the policy is not handed back, or somebody who reads it saw it change: %+v", l.sharing("all"))
 	}
 }

@@ -64,13 +64,32 @@ func (l *ledger) leftOut(p *allocator.Policy) (out []string) {
 	return out
 }
 
+// leavesOut says whether there are such nodes. It costs little where there are many. Callers hold mu.
+func (l *ledger) leavesOut(p *allocator.Policy) bool {
+	if p.SelectsAllNodes() {
+		return false
+	}
+	for _, n := range l.nodes {
+		if n.exists && !p.SelectsNode(n.labels) {
+			return true
+		}
+	}
+	return false
+}
+
 // share settles how policies share the cluster with kube-proxy. Callers hold mu.
-func (l *ledger) share(policies []*allocator.Policy) {
+func (l *ledger) share() {
+	l.unshared = false
 	l.kubeProxy = l.kubeProxyHosts()
 	clear(l.shared)
-	for _, p := range policies {
-		p.HandsBack = p.Terminating && p.TakesOver() && l.kubeProxy.all
-		s := sharing{keeps: p.TakesOver() && !p.HandsBack && len(l.leftOut(p)) == 0, handsBack: p.HandsBack}
+	for i, p := range l.resolved {
+		if back := p.Terminating && p.TakesOver() && l.kubeProxy.all; back != p.HandsBack {
+			changed := *p // others read it without mu
+			changed.HandsBack = back
+			p = &changed
+			l.resolved[i] = p
+		}
+		s := sharing{keeps: p.TakesOver() && !p.HandsBack && !l.leavesOut(p), handsBack: p.HandsBack}
 		// An assignment that was Programmed once stays so when a node joins or an agent dies. There only kube-proxy would follow what comes next.
 		s.takes = s.keeps && !p.Terminating && l.kubeProxy.some && len(l.kubeProxy.silent) == 0
 		l.shared[p.Name] = s
