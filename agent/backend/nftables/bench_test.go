@@ -37,6 +37,13 @@ func benchExternal(i int, s *forwarding.Service) {
 	s.External, s.ExternalFromHere = s.Internal, s.Internal
 }
 
+// benchGuarded gives a service an external IP with source ranges that no other has, which differ by round.
+func benchGuarded(i, round int, s *forwarding.Service) {
+	benchExternal(i, s)
+	s.LoadBalancerIPs = s.ExternalIPs
+	s.SourceRanges = []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64 + byte(round%2), byte(i >> 8), byte(i)}), 32)}
+}
+
 func benchState(services int) forwarding.State {
 	s := forwarding.State{}.On(ground)
 	for i := range services {
@@ -137,23 +144,22 @@ func BenchmarkChange(b *testing.B) {
 		dirty int
 		// shape gives a service's endpoints in a round: the number of the first, and how many.
 		shape func(round int) (first, n int)
-		// feature is what every service has besides.
-		feature func(i int, s *forwarding.Service)
+		// feature is what every service has besides, in a round.
+		feature func(i, round int, s *forwarding.Service)
 	}{
 		{"replaced", 1, replaced, nil},
 		{"added-removed", 1, func(round int) (first, n int) { return 0, 10 + round%2 }, nil},
 		{"replaced", 50, replaced, nil},
-		{"replaced-affinity", 1, replaced, func(_ int, s *forwarding.Service) { s.Affinity = 3 * time.Hour }},
-		{"replaced-ranges", 1, replaced, func(i int, s *forwarding.Service) {
-			benchExternal(i, s)
-			s.LoadBalancerIPs = s.ExternalIPs
-			s.SourceRanges = []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64, byte(i >> 8), byte(i)}), 32)} // each its own
-		}},
-		{"replaced-local", 1, replaced, func(i int, s *forwarding.Service) {
+		{"replaced-affinity", 1, replaced, func(_, _ int, s *forwarding.Service) { s.Affinity = 3 * time.Hour }},
+		{"replaced-ranges", 1, replaced, func(i, _ int, s *forwarding.Service) { benchGuarded(i, 0, s) }},
+		{"resized", 1, func(round int) (first, n int) { return 0, 10 - 7*(round%2) }, nil},
+		{"resized-ranges", 1, func(round int) (first, n int) { return 0, 10 - 7*(round%2) }, func(i, _ int, s *forwarding.Service) { benchGuarded(i, 0, s) }},
+		{"edited-ranges", 1, func(int) (first, n int) { return 0, 10 }, benchGuarded},
+		{"replaced-local", 1, replaced, func(i, _ int, s *forwarding.Service) {
 			benchExternal(i, s)
 			s.PreserveSource, s.External = true, forwarding.Target{Endpoints: s.Internal.Endpoints[:3]}
 		}},
-		{"replaced-localhost", 1, replaced, func(i int, s *forwarding.Service) {
+		{"replaced-localhost", 1, replaced, func(i, _ int, s *forwarding.Service) {
 			s.External, s.ExternalFromHere = s.Internal, s.Internal
 			s.NodePort, s.NodePortAddresses = uint16(10000+i), []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("192.0.2.1/32")}
 		}},
@@ -161,16 +167,16 @@ func BenchmarkChange(b *testing.B) {
 		b.Run(fmt.Sprintf("%s/dirty=%d", c.name, c.dirty), func(b *testing.B) {
 			eachSize(b, func(b *testing.B, services int) {
 				be := newBackend(b, netns.NewT(b))
-				service := func(i, first, n int) *forwarding.Service {
+				service := func(i, round, first, n int) *forwarding.Service {
 					s := benchService(i, first, n)
 					if c.feature != nil {
-						c.feature(i, s)
+						c.feature(i, round, s)
 					}
 					return s
 				}
 				prev := forwarding.State{}.On(ground)
 				for i := range services {
-					prev = prev.With(service(i, 0, 10))
+					prev = prev.With(service(i, 0, 0, 10))
 				}
 				apply(b, be, nil, prev)
 				rounds := make([]int, services)
@@ -185,7 +191,7 @@ func BenchmarkChange(b *testing.B) {
 						i = (i + 7919) % services
 						rounds[i]++
 						first, n := c.shape(rounds[i])
-						next = next.With(service(i, first, n))
+						next = next.With(service(i, rounds[i], first, n))
 					}
 					start := time.Now()
 					if err := be.Apply(context.Background(), &prev, next); err != nil {

@@ -36,7 +36,7 @@ func TestDrift(t *testing.T) {
 	udp := web(0, forwarding.UDP)
 	udp.Key.Name, udp.Affinity = "all-0", 3*time.Hour
 	pinning := balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}.name()
-	allowed := gate{families[0].sourcesOf(someRanges), balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}}.name()
+	guarded := gate{to: balancer{size: 2, masq: masqueradeAll, pin: pinOf(udp)}}.name()
 	number := newNumberings().provide(udp.Key).take(families[0], slots{10, 244, 1, 11, 8080 >> 8, 8080 & 0xff})[0]
 	second := fmt.Sprintf("10.99.0.1 . udp . 80 . %x:%x", number>>16, number&0xffff)
 	const element = "ip serviceproxy services.0 { 10.99.0.1 . tcp . 80 . %s }"
@@ -57,8 +57,20 @@ func TestDrift(t *testing.T) {
 		{"service IP", "flush set ip serviceproxy service-ips", []string{"ip serviceproxy set service-ips element 10.99.0.1: missing"}},
 		{"foreign hairpin", "add element ip serviceproxy hairpin { 10.0.0.1 . 10.0.0.2 . tcp . 1 }", []string{"ip serviceproxy set hairpin element 10.0.0.1 . 10.0.0.2 . tcp . 1: unexpected"}},
 		{"rule", "flush chain ip serviceproxy postrouting", []string{"ip serviceproxy chain postrouting: differs: its rules are others"}},
-		{"source ranges flushed", "flush chain ip serviceproxy " + allowed, []string{"ip serviceproxy chain " + allowed + ": differs: its rules are others"}},
-		{"another source range", "insert rule ip serviceproxy " + allowed + " accept", []string{"ip serviceproxy chain " + allowed + ": differs: its rules are others"}},
+		{"gate flushed", "flush chain ip serviceproxy " + guarded, []string{"ip serviceproxy chain " + guarded + ": differs: its rules are others"}},
+		{"gate opened", "insert rule ip serviceproxy services-from accept", []string{"ip serviceproxy chain services-from: differs: its rules are others"}},
+		{"source ranges never asked for", "flush chain ip serviceproxy services-from", []string{"ip serviceproxy chain services-from: differs: its rules are others"}},
+		{"source range", "flush set ip serviceproxy services-from-30", []string{"ip serviceproxy set services-from-30 element 198.51.100.7 . udp . 80 . 192.0.2.0: missing"}},
+		{"another source range", "add element ip serviceproxy services-from-30 { 198.51.100.7 . udp . 80 . 203.0.113.0 }",
+			[]string{"ip serviceproxy set services-from-30 element 198.51.100.7 . udp . 80 . 203.0.113.0: unexpected"}},
+		{"no source range", "add element ip serviceproxy services-from-30 { 198.51.100.7 . udp . 80 . 203.0.113.1 }",
+			[]string{"ip serviceproxy set services-from-30 element 198.51.100.7 . udp . 80 . 203.0.113.1: unexpected"}},
+		{"source range of what has none", "add element ip6 serviceproxy services-from-64 { fd00:99::1 . udp . 80 . fd00:: }", []string{"ip6 serviceproxy set services-from-64 element fd00:99::1 . udp . 80 . fd00::: unexpected"}},
+		{"source range of no service", "add element ip serviceproxy services-from-32 { 10.99.9.9 . udp . 80 . 192.0.2.9 }", []string{"ip serviceproxy set services-from-32 element 10.99.9.9 . udp . 80 . 192.0.2.9: unexpected"}},
+		{"set of source ranges", "flush chain ip serviceproxy services-from; delete set ip serviceproxy services-from-30", []string{"ip serviceproxy map services-from-30: missing"}},
+		{"foreign set of source ranges", "add set ip serviceproxy services-from-7 { type ipv4_addr . inet_proto . inet_service . ipv4_addr; }", []string{"ip serviceproxy map services-from-7: unexpected"}},
+		{"foreign source ranges", "add set ip serviceproxy services-here-from-7 { type ipv4_addr . inet_proto . inet_service . ipv4_addr; elements = { 10.99.0.1 . tcp . 80 . 2.0.0.0 } }",
+			[]string{"ip serviceproxy set services-here-from-7 element 10.99.0.1 . tcp . 80 . 2.0.0.0: unexpected", "ip serviceproxy map services-here-from-7: unexpected"}},
 		{"source ranges passed by", "delete element ip serviceproxy services { 198.51.100.7 . udp . 80 }; add element ip serviceproxy services { 198.51.100.7 . udp . 80 : goto " + pinning + " }",
 			[]string{"ip serviceproxy map services element 198.51.100.7 . udp . 80: differs: another verdict"}},
 		{"draw", "delete element ip serviceproxy services.0-draws { 10.99.0.1 . udp . 80 . 1 }", []string{"ip serviceproxy map services.0-draws element 10.99.0.1 . udp . 80 . 1: missing"}},

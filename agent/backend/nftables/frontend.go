@@ -27,8 +27,8 @@ type want struct {
 	nodePorts []netip.Prefix
 	// pin is how clients keep their endpoint.
 	pin pin
-	// sources are who may use it, and ranges what they are, of both families.
-	sources sources
+	// guarded says that only those in ranges, which are of both families, may use it.
+	guarded bool
 	ranges  []netip.Prefix
 }
 
@@ -63,20 +63,14 @@ func (f *family) wants(to []want, s *forwarding.Service, internal masquerade) []
 		w.masq = masqueradeNode
 	}
 	w.target = &s.External
-	var allowed sources
-	if len(s.SourceRanges) > 0 {
-		allowed = f.sourcesOf(s.SourceRanges)
-	}
+	w.ranges = s.SourceRanges
 	for _, a := range s.ExternalIPs {
 		if f.is(a) && !slices.Contains(s.ServiceIPs, a) {
-			w.key.addr, w.sources, w.ranges = addr16(a), sources{}, nil
-			if len(s.SourceRanges) > 0 && slices.Contains(s.LoadBalancerIPs, a) {
-				w.sources, w.ranges = allowed, s.SourceRanges
-			}
+			w.key.addr, w.guarded = addr16(a), len(s.SourceRanges) > 0 && slices.Contains(s.LoadBalancerIPs, a)
 			to = appendBoth(to, w, s)
 		}
 	}
-	w.sources, w.ranges = sources{}, nil
+	w.guarded = false
 	if s.NodePort == 0 {
 		return to
 	}

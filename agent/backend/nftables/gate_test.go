@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -228,13 +230,193 @@ func TestSourceRangesChange(t *testing.T) {
 	if after := rules(); after != static {
 		t.Errorf("the static rules changed:\n%s\nbefore\n%s", after, static)
 	}
-	apply(t, b, &next, prev)
+	guarded := verdicts()
+	edited := *s
+	edited.SourceRanges = append([]netip.Prefix{netip.MustParsePrefix("203.0.113.0/30")}, s.SourceRanges[1:]...)
+	other := next.With(&edited)
+	commits := b.commits
+	apply(t, b, &next, other)
+	// What goes must do so after what comes is there: a client in both may be looked for while that changes.
+	if n := b.commits - commits; n != 2 {
+		t.Errorf("%d transactions, want 2", n)
+	}
+	if after := verdicts(); !slices.Equal(after, guarded) {
+		t.Errorf("with other ranges:\n%v\nbefore\n%v", after, guarded)
+	}
+	apply(t, b, &other, prev)
 	if after := verdicts(); !slices.Equal(after, before) {
 		t.Errorf("without the ranges again:\n%v\nbefore\n%v", after, before)
 	}
 }
 
-// TestReduce: fewer ranges, the same addresses, and one identity however they are listed.
+// TestSourceRangesNeverLapse: whatever changes, who may use an address before and after is let in meanwhile, and who may not is not.
+func TestSourceRangesNeverLapse(t *testing.T) {
+	top := newTopology(t)
+	b := newBackend(t, top.node)
+	for i := range 10 {
+		serve(t, top.pods[0], "udp", netip.AddrPortFrom(podAddr(0, 0, i), 8080))
+	}
+	outsider := netip.MustParseAddr("192.0.2.99")
+	sh(t, top.client, "ip addr add 192.0.2.99/24 dev eth0")
+	vip := netip.AddrPortFrom(externalIP.addr(0), 80)
+	with := func(affinity time.Duration, local bool, n int, ranges ...string) forwarding.State {
+		s := web(0, forwarding.UDP)
+		s.LoadBalancerIPs, s.Affinity, s.PreserveSource = s.ExternalIPs, affinity, local
+		s.Internal = forward(endpoints(0, n, 8080)...)
+		s.External, s.ExternalFromHere = s.Internal, s.Internal
+		if local {
+			s.External = forward(endpoints(0, 1, 8080)...)
+		}
+		for _, r := range ranges {
+			s.SourceRanges = append(s.SourceRanges, netip.MustParsePrefix(r))
+		}
+		return state(s)
+	}
+	guarded := func(affinity time.Duration) []forwarding.State {
+		return []forwarding.State{
+			with(affinity, false, 2, "192.0.2.0/30"), with(affinity, false, 2, "192.0.2.0/29"), with(affinity, false, 10, "192.0.2.2/32"), with(affinity, false, 2, "192.0.2.2/32"),
+			with(affinity, true, 2, "192.0.2.2/32", "203.0.113.0/24"), with(affinity, false, 4, "192.0.2.0/28", "198.18.0.0/15", "203.0.113.0/24"), with(affinity, false, 5, "192.0.2.2/31"),
+		}
+	}
+	for _, c := range []struct {
+		name   string
+		states []forwarding.State
+		who    netip.Addr
+		served bool
+	}{
+		{"allowed", guarded(0), clientAddr.addr(0), true},
+		{"allowed, with affinity", guarded(time.Hour), clientAddr.addr(0), true},
+		{"allowed, guarded or not", append(guarded(0), with(0, false, 2), with(0, false, 9), with(0, false, 9, "0.0.0.0/0")), clientAddr.addr(0), true},
+		{"an outsider", append(guarded(0), with(0, false, 0, "192.0.2.0/28"), with(0, false, 3, "2001:db8::/32"), state()), outsider, false},
+		{"an outsider, with affinity", guarded(time.Hour), outsider, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			prev := c.states[len(c.states)-1]
+			apply(t, b, nil, prev)
+			askMeanwhile(t, top, vip, c.who, c.served, func(i int) {
+				next := c.states[i%len(c.states)]
+				apply(t, b, &prev, next)
+				prev = next
+			})
+		})
+	}
+}
+
+// askMeanwhile changes something over and over while a client asks for an address, which must be served each time, or never.
+func askMeanwhile(t *testing.T, top *topology, at netip.AddrPort, who netip.Addr, want bool, change func(i int)) {
+	t.Helper()
+	within := patience
+	if !want {
+		within = 3 * time.Millisecond
+	}
+	stop := time.Now().Add(time.Second)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for asked := 0; time.Now().Before(stop) || asked < 50; asked++ {
+			if server, _, err := askWithin(within, top.client, "udp", at, who); (err == nil) != want {
+				t.Errorf("after %d times: %v, %v; want it served: %v", asked, server, err, want)
+				return
+			}
+		}
+	}()
+	defer func() { <-done }()
+	for i := 0; ; i++ {
+		select {
+		case <-done:
+			return
+		default:
+			change(i)
+		}
+	}
+}
+
+// TestSourceRangesUpgrade: gates of an earlier layout, a chain for each distinct set of ranges, are replaced at a restart without a moment of open or closed.
+func TestSourceRangesUpgrade(t *testing.T) {
+	top := newTopology(t)
+	b := newBackend(t, top.node)
+	serve(t, top.pods[0], "udp", netip.AddrPortFrom(podAddr(0, 0, 0), 8080))
+	sh(t, top.client, "ip addr add 192.0.2.99/24 dev eth0")
+	s := web(0, forwarding.UDP)
+	s.External = forward(s.External.Endpoints[0])
+	s.ExternalFromHere, s.LoadBalancerIPs, s.SourceRanges = s.External, s.ExternalIPs, []netip.Prefix{netip.PrefixFrom(clientAddr.addr(0), 32)}
+	want := state(s)
+	apply(t, b, nil, want)
+	const table, to, guard = "ip serviceproxy ", "services.0-random-1-masq", "198.51.100.7 . udp . 80"
+	const earlier = table + "from-0123456789abcdef0123456789abcdef-" + to
+	for who, served := range map[netip.Addr]bool{clientAddr.addr(0): true, netip.MustParseAddr("192.0.2.99"): false} {
+		askMeanwhile(t, top, netip.AddrPortFrom(externalIP.addr(0), 80), who, served, func(int) {
+			for _, script := range []string{
+				"add chain " + earlier + "; add rule " + earlier + " ip saddr 192.0.2.2 goto " + to + "; add rule " + earlier + " drop",
+				"delete element " + table + "services { " + guard + " }; add element " + table + "services { " + guard + " : goto " + strings.TrimPrefix(earlier, table) + " }",
+				"delete chain " + table + "guarded-" + to + "; flush chain " + table + "services-from; delete chain " + table + "services-from; delete set " + table + "services-from-32",
+			} {
+				nft(t, top.node, script, "-f", "-")
+			}
+			apply(t, b, nil, want)
+			if list := nft(t, top.node, "", "list", "table", "ip", TableName); strings.Contains(list, "from-0123") || !strings.Contains(list, guard+" : goto guarded-"+to) {
+				t.Error(list)
+			}
+		})
+	}
+	if drifts, err := b.Verify(context.Background(), want); err != nil || len(drifts) > 0 {
+		t.Errorf("%v %v", drifts, err)
+	}
+}
+
+// TestSourceRangesMany: hundreds of ranges of many prefix lengths are there, and go again.
+func TestSourceRangesMany(t *testing.T) {
+	b := newBackend(t, netns.NewT(t))
+	s := web(0, forwarding.TCP)
+	s.LoadBalancerIPs = s.ExternalIPs
+	open := state(s)
+	many := *s
+	for i := range 600 {
+		many.SourceRanges = append(many.SourceRanges, netip.PrefixFrom(netip.AddrFrom4([4]byte{20 + byte(i>>8), byte(i), 0, 0}), 16+i%17))
+	}
+	next := state(&many)
+	apply(t, b, nil, open)
+	apply(t, b, &open, next)
+	for _, step := range []struct{ from, to forwarding.State }{{next, next}, {next, open}} {
+		apply(t, b, &step.from, step.to)
+		if got, want := kernelContent(t, b, step.to.Ground()), wantContent(step.to); !maps.Equal(got, want) {
+			t.Errorf("the kernel holds\n%v\nwant\n%v", got, want)
+		}
+		if drifts, err := b.Verify(context.Background(), step.to); err != nil || len(drifts) > 0 {
+			t.Errorf("%v %v", drifts, err)
+		}
+	}
+}
+
+// TestSourceRangesOfRivals: who takes over an address of another service has the ranges of its own from the first packet on.
+func TestSourceRangesOfRivals(t *testing.T) {
+	b := newBackend(t, netns.NewT(t))
+	first, second := web(0, forwarding.UDP), web(0, forwarding.UDP)
+	first.Key.Name, second.Key.Name = "a", "b"
+	for s, ranges := range map[*forwarding.Service]string{first: "192.0.2.0/30", second: "203.0.113.0/24"} {
+		s.LoadBalancerIPs, s.SourceRanges = s.ExternalIPs, []netip.Prefix{netip.MustParsePrefix(ranges), netip.MustParsePrefix("198.18.0.0/15")}
+	}
+	both, one := state(first, second), state(second)
+	apply(t, b, nil, both)
+	m := b.mirrors[0]
+	key := frontKey{addr: addr16(externalIP.addr(0)), proto: forwarding.UDP, port: 80}
+	f := m.fronts[key]
+	from := m.reduce(second.SourceRanges)
+	m.tx.reset()
+	f.owner = second.Key
+	m.admit(key, f, from)
+	if !slices.Equal(f.sources.list, from) || len(m.narrowing) > 0 {
+		t.Errorf("at once: %v, to narrow: %v; want %v", f.sources.list, m.narrowing, from)
+	}
+	b.mirrors = nil
+	apply(t, b, nil, both)
+	apply(t, b, &both, one)
+	if got, want := kernelContent(t, b, one.Ground()), wantContent(one); !maps.Equal(got, want) {
+		t.Errorf("the kernel holds\n%v\nwant\n%v", got, want)
+	}
+}
+
+// TestReduce: fewer ranges, the same addresses, and the same ranges however they are listed.
 func TestReduce(t *testing.T) {
 	f := families[0]
 	rapid.Check(t, func(t *rapid.T) {
@@ -258,8 +440,8 @@ func TestReduce(t *testing.T) {
 			}
 		}
 		shuffled := append(rapid.Permutation(drawn).Draw(t, "order"), clusterCIDRs[1])
-		if f.sourcesOf(shuffled) != f.sourcesOf(drawn) {
-			t.Fatalf("%v and %v are not the same", shuffled, drawn)
+		if again := f.reduce(shuffled); !slices.Equal(again, reduced) {
+			t.Fatalf("%v became %v, %v became %v", shuffled, again, drawn, reduced)
 		}
 	})
 }

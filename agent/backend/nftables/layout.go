@@ -210,15 +210,18 @@ func (f *family) match(r *nfnl.Rule, offset uint32, p netip.Prefix) *nfnl.Rule {
 }
 
 // mask clears what p does not compare in the address at R0.
-func (f *family) mask(r *nfnl.Rule, p netip.Prefix) {
-	if p.Bits() == int(f.addrLen)*8 {
+func (f *family) mask(r *nfnl.Rule, p netip.Prefix) { f.maskBits(r, nfnl.R0, p.Bits()) }
+
+// maskBits clears all but so many bits of an address.
+func (f *family) maskBits(r *nfnl.Rule, reg nfnl.Reg, bits int) {
+	if bits == int(f.addrLen)*8 {
 		return
 	}
 	m := make([]byte, f.addrLen)
-	for i := range p.Bits() {
+	for i := range bits {
 		m[i/8] |= 0x80 >> (i % 8)
 	}
-	r.Bitwise(nfnl.R0, m, make([]byte, f.addrLen))
+	r.Bitwise(reg, m, make([]byte, f.addrLen))
 }
 
 // loadKey loads a door's key to R0 and gives the register behind it.

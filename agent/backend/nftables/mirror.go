@@ -29,14 +29,16 @@ type mirror struct {
 	strays    []stray
 	doors     map[door]*doorState
 	balancers map[balancer]int // → frontends that use it
-	gates     map[gate]*gateState
-	pins      bool // there is the map of pins
+	gates     map[gate]int     // likewise
+	pins      bool             // there is the map of pins
 	numberings
 	fronts map[frontKey]*frontend
 	// rivals are services that want a frontend that another one has: the first by key has it.
 	rivals     map[frontKey][]forwarding.ServiceKey
 	serviceIPs memberSet
 	hairpin    memberSet
+	// narrowing are the frontends that let in more sources than they are to, and those that they are to.
+	narrowing map[frontKey][]netip.Prefix
 	// ranges are the declared ranges, and bounds what is in the set.
 	ranges  *nfnl.Set
 	bounds  []bound
@@ -65,6 +67,9 @@ type doorState struct {
 	fronts   int
 	shards   map[int]*shard
 	newest   int // where the next frontend probably fits
+	// sources are the sets of sources of guarded frontends, by prefix length; widened says that the chain that asks may lack one.
+	sources map[int]*sourceSet
+	widened bool
 }
 
 type shard struct {
@@ -96,9 +101,10 @@ type frontend struct {
 	owner    forwarding.ServiceKey
 	claimed  bool
 	action   action
-	balancer balancer   // if action is balance
-	gate     *gateState // nil if everybody may use it
-	shard    *shard     // nil if slots is empty
+	balancer balancer // if action is balance
+	guarded  bool     // a gate comes first
+	sources  *sources // nil if there are none
+	shard    *shard   // nil if slots is empty
 	slots    slots
 	// pins says that the slots are in the shard's draws and pinned rather than in the endpoint map, where their endpoints have numbers: by slot, 0 for a hole, as
 	// numbering says. That is nil for what was read back and does not fit; held are the numbers that it counts.
@@ -111,7 +117,7 @@ type frontend struct {
 
 func newMirror(f *family, ground forwarding.Ground) *mirror {
 	m := &mirror{
-		family: f, plot: f.plot(ground), ranges: f.rangeSet(), chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]*gateState{}, numberings: newNumberings(),
+		family: f, plot: f.plot(ground), ranges: f.rangeSet(), chains: map[string][]string{}, doors: map[door]*doorState{}, balancers: map[balancer]int{}, gates: map[gate]int{}, narrowing: map[frontKey][]netip.Prefix{}, numberings: newNumberings(),
 		fronts: map[frontKey]*frontend{}, rivals: map[frontKey][]forwarding.ServiceKey{},
 	}
 	sets := f.staticSets()
@@ -120,11 +126,15 @@ func newMirror(f *family, ground forwarding.Ground) *mirror {
 	return m
 }
 
+func (f *family) newDoor(d door) *doorState {
+	return &doorState{set: f.doorMap(d), shards: map[int]*shard{}, sources: map[int]*sourceSet{}}
+}
+
 // door gives the state of a door, creating its map in the kernel if it is new.
 func (m *mirror) door(d door) *doorState {
 	ds := m.doors[d]
 	if ds == nil {
-		ds = &doorState{set: m.doorMap(d), shards: map[int]*shard{}}
+		ds = m.newDoor(d)
 		m.doors[d] = ds
 		m.tx.addSet(ds.set)
 	}
@@ -133,16 +143,23 @@ func (m *mirror) door(d door) *doorState {
 
 // ensureChain makes a chain be there with exactly these rules.
 func (m *mirror) ensureChain(c chain) {
+	batch := &m.tx.new
+	if len(m.chains[c.name]) > 0 {
+		batch = &m.tx.now // packets pass it already
+	}
+	m.setChain(c, batch)
+}
+
+// setChain makes a chain that is there have exactly these rules.
+func (m *mirror) setChain(c chain, batch *nfnl.Batch) {
 	want := make([]string, len(c.rules))
 	for i, r := range c.rules {
 		want[i] = r.Fingerprint()
 	}
-	have := m.chains[c.name]
-	if slices.Equal(have, want) {
-		return
+	if !slices.Equal(m.chains[c.name], want) {
+		m.tx.setRules(m.table(), c, batch)
+		m.chains[c.name] = want
 	}
-	m.tx.setRules(m.table(), c, len(have) > 0)
-	m.chains[c.name] = want
 }
 
 // ensureStatic makes everything be there that does not depend on services, and completes what is there of balancers.
@@ -159,7 +176,7 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 	m.ensureRanges(sets)
 	for _, d := range []door{{}, {here: true}} {
 		if m.doors[d] == nil {
-			m.doors[d] = &doorState{set: m.doorMap(d), shards: map[int]*shard{}}
+			m.doors[d] = m.newDoor(d)
 		}
 	}
 	chains := append(m.staticChains(m.plot), chain{name: chainNodePorts}, chain{name: chainNodePorts + hereSuffix})
@@ -173,6 +190,7 @@ func (m *mirror) ensureStatic(sets map[string]*nfnl.Set) {
 			chains = append(chains, chain{name: b.name(), rules: b.rules(m.family)})
 		}
 	}
+	chains = append(chains, m.adoptGates()...)
 	// All chains before any rule: rules jump to them.
 	for _, c := range chains {
 		if _, exists := m.chains[c.name]; !exists {
@@ -381,12 +399,14 @@ func (m *mirror) removeRival(key frontKey, k forwarding.ServiceKey) {
 func (m *mirror) place(f *frontend, w *want) {
 	m.endpoints = m.family.endpoints(m.endpoints[:0], w.target)
 	n := len(m.endpoints) / m.slotLen()
-	if n == 0 {
+	from, closed := m.admits(w)
+	if n == 0 || closed {
 		a := refuse
-		if w.target.Action(m.bit) == forwarding.Drop {
-			a = drop
+		if closed || w.target.Action(m.bit) == forwarding.Drop {
+			a, from = drop, nil
 		}
-		m.setVerdict(w, f, a, balancer{})
+		m.admit(w.key, f, from)
+		m.setVerdict(w.key, f, a, balancer{})
 		m.setSlots(w.key, f, nil, nil)
 		m.leaveShard(f)
 		return
@@ -401,7 +421,8 @@ func (m *mirror) place(f *frontend, w *want) {
 		pinning = m.numberings.provide(f.owner)
 	}
 	m.setSlots(w.key, f, m.arrange(f.slots, m.endpoints, size), pinning)
-	m.setVerdict(w, f, balance, balancer{door: w.key.door, shard: f.shard.index, hash: w.hash, size: size, masq: w.masq, pin: w.pin})
+	m.admit(w.key, f, from)
+	m.setVerdict(w.key, f, balance, balancer{door: w.key.door, shard: f.shard.index, hash: w.hash, size: size, masq: w.masq, pin: w.pin})
 }
 
 // remove takes a frontend away.
@@ -410,7 +431,9 @@ func (m *mirror) remove(key frontKey, f *frontend) {
 	if f.action != absent {
 		m.tx.deleteElement(ds.set, m.doorKey(key))
 	}
-	m.unref(f)
+	m.unref(key.door, f)
+	delete(m.narrowing, key)
+	m.expel(key, f, nil, m.tx.deleteElement)
 	m.setSlots(key, f, nil, nil)
 	m.leaveShard(f)
 	m.uncount(key, f)
@@ -464,8 +487,9 @@ func (m *mirror) changeSlots(key frontKey, s *shard, old, next slots) {
 	}
 }
 
-// setVerdict gives a frontend its verdict and makes the chains that it leads to.
-func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
+// setVerdict gives a frontend its verdict and makes the chains that it leads to. A gate comes first if it has sources to let in, or will have no more only
+// once the verdict has changed.
+func (m *mirror) setVerdict(key frontKey, f *frontend, a action, b balancer) {
 	if a == balance && m.balancers[b] == 0 {
 		m.providePins(b.pin)
 		for _, h := range b.helpers() {
@@ -475,18 +499,17 @@ func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
 		}
 		m.provideChain(chain{name: b.name(), rules: b.rules(m.family)})
 	}
-	var gs *gateState
-	if w.sources != (sources{}) && a != drop {
-		gs = m.gate(gate{w.sources, b})
-		m.build(gs, w.ranges)
+	g, guarded := gate{key.door, b}, m.guarded(key, f)
+	if guarded && m.gates[g] == 0 {
+		m.provideGate(g)
 	}
-	if f.action == a && f.balancer == b && f.gate == gs {
+	if f.action == a && f.balancer == b && f.guarded == guarded {
 		return
 	}
 	v := nfnl.Verdict{Code: nfnl.Goto, Chain: chainRefuse}
 	switch {
-	case gs != nil:
-		v.Chain = gs.name()
+	case guarded:
+		v.Chain = g.name()
 	case a == drop:
 		v = nfnl.Verdict{Code: nfnl.Drop}
 	case a == balance:
@@ -495,12 +518,12 @@ func (m *mirror) setVerdict(w *want, f *frontend, a action, b balancer) {
 	if a == balance {
 		m.ref(b)
 	}
-	if gs != nil {
-		gs.uses++
+	if guarded {
+		m.gates[g]++
 	}
-	m.tx.setVerdict(m.doors[w.key.door].set, m.doorKey(w.key), v, f.action != absent)
-	m.unref(f)
-	f.action, f.balancer, f.gate = a, b, gs
+	m.tx.setVerdict(m.doors[key.door].set, m.doorKey(key), v, f.action != absent)
+	m.unref(key.door, f)
+	f.action, f.balancer, f.guarded = a, b, guarded
 }
 
 // provideChain makes a chain that may be new be there with exactly these rules.
@@ -521,7 +544,7 @@ func (m *mirror) ref(b balancer) {
 }
 
 // unref lets go of the chains that a frontend's verdict used.
-func (m *mirror) unref(f *frontend) {
+func (m *mirror) unref(d door, f *frontend) {
 	if f.action == balance {
 		m.balancers[f.balancer]--
 		m.garbage = m.garbage || m.balancers[f.balancer] == 0
@@ -530,9 +553,10 @@ func (m *mirror) unref(f *frontend) {
 			m.garbage = m.garbage || m.balancers[h] == 0
 		}
 	}
-	if f.gate != nil {
-		f.gate.uses--
-		m.garbage = m.garbage || f.gate.uses == 0
+	if f.guarded {
+		g := gate{d, f.balancer}
+		m.gates[g]--
+		m.garbage = m.garbage || m.gates[g] == 0
 	}
 }
 
@@ -597,8 +621,10 @@ func (m *mirror) sweep() {
 	}
 }
 
-// finish completes a transaction: node-port chains match the classes that are wanted by now.
+// finish completes a transaction: sources that are gone are no longer let in, and node-port chains match the classes that are wanted by now.
 func (m *mirror) finish() {
+	m.widen()
+	m.narrow()
 	if !m.dirtyClasses {
 		return
 	}
@@ -630,11 +656,12 @@ func (m *mirror) collect() {
 			delete(m.balancers, b)
 		}
 	}
-	for g, gs := range m.gates {
-		if gs.uses == 0 {
+	for g, uses := range m.gates {
+		if uses == 0 {
 			delete(m.gates, g)
 		}
 	}
+	m.collectSources()
 	for d, ds := range m.doors {
 		for i, s := range ds.shards {
 			if s.fronts == 0 {
@@ -673,7 +700,7 @@ func (m *mirror) collectChains() {
 		used[b.name()] = true
 	}
 	for g := range m.gates {
-		used[g.name()] = true
+		used[g.name()], used[fromChain(g.door)] = true, true
 	}
 	m.collectTallies(used)
 	var unused []string

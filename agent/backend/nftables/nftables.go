@@ -425,8 +425,8 @@ func (f *family) sample(batch *nfnl.Batch) {
 			chains = append(chains, chain{name: b.name(), rules: b.rules(f)})
 		}
 	}
-	g := gate{sources: sources{1}}
-	chains = append(chains, chain{name: g.name(), rules: g.rules(f, []netip.Prefix{f.loopback})})
+	sets = append(sets, f.fromSet(door{}, 1))
+	chains = append(chains, chain{name: fromChain(door{}), rules: f.fromRules(door{}, []int{1})}, chain{name: gate{}.name(), rules: gate{}.rules()})
 	batch.AddTable(t)
 	for _, s := range sets {
 		s.Table = t

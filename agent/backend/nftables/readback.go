@@ -106,6 +106,9 @@ func (m *mirror) describe(name string) *nfnl.Set {
 	if d, ok := parseDoor(name); ok {
 		return m.doorMap(d)
 	}
+	if d, bits, ok := m.parseFromSet(name); ok {
+		return m.fromSet(d, bits)
+	}
 	if s, ok := parseTallySet(name); ok && m.plot.countTraffic {
 		return m.family.tallySet(s)
 	}
@@ -118,7 +121,7 @@ func (r reader) readElements(m *mirror, sets map[string]*nfnl.Set) error {
 	names := slices.Sorted(maps.Keys(sets))
 	for _, name := range names {
 		if d, ok := parseDoor(name); ok {
-			m.doors[d] = &doorState{set: m.doorMap(d), shards: map[int]*shard{}}
+			m.doors[d] = m.newDoor(d)
 		}
 	}
 	for _, name := range names {
@@ -133,6 +136,9 @@ func (r reader) readElements(m *mirror, sets map[string]*nfnl.Set) error {
 		case m.describe(name) == nil || ok: // ok: a shard without a door is no use
 			m.foreign = append(m.foreign, sets[name])
 		}
+	}
+	if err := r.readSources(m, sets); err != nil {
+		return err
 	}
 	if err := r.readPinning(m, sets); err != nil {
 		return err
@@ -227,7 +233,7 @@ func (m *mirror) adoptVerdict(d door, e nfnl.Element) {
 	f := m.adopted(k)
 	target := e.Verdict.Chain
 	g, isGate := parseGate(target)
-	if isGate {
+	if isGate = isGate && g.door == d; isGate {
 		target = g.target()
 	}
 	b, isBalancer := parseBalancer(target)
@@ -245,8 +251,8 @@ func (m *mirror) adoptVerdict(d door, e nfnl.Element) {
 		return
 	}
 	if isGate {
-		f.gate = m.gate(g)
-		f.gate.uses++
+		f.guarded = true
+		m.gates[g]++
 	}
 }
 

@@ -25,7 +25,7 @@ type frontendContent struct {
 	hash      bool
 	masq      masquerade
 	endpoints string
-	sources   sources
+	sources   string
 	pin       pin
 }
 
@@ -39,8 +39,8 @@ func contentOf(f *family, front *frontend) frontendContent {
 	}
 	slices.Sort(list)
 	c.endpoints = strings.Join(list, " ")
-	if front.gate != nil {
-		c.sources = front.gate.sources
+	if front.sources != nil {
+		c.sources = fmt.Sprint(front.sources.list)
 	}
 	return c
 }
@@ -55,9 +55,7 @@ func kernelContent(t rapidTB, b *Backend, g forwarding.Ground) map[string]fronte
 		}
 		for key, front := range m.fronts {
 			content[fmt.Sprintf("%s %v", f.name, key)] = contentOf(f, front)
-			if front.gate != nil && (len(m.chains[front.gate.name()]) == 0 || front.gate.to != front.balancer) {
-				t.Fatalf("%s %v: gate %s before balancer %+v", f.name, key, front.gate.name(), front.balancer)
-			}
+			checkGuard(t, m, key, front)
 			if front.action != balance {
 				continue
 			}
@@ -81,6 +79,26 @@ func kernelContent(t rapidTB, b *Backend, g forwarding.Ground) map[string]fronte
 	return content
 }
 
+// checkGuard checks that a gate is before a frontend that has sources, and only there, and asks for sources of their prefix lengths.
+func checkGuard(t rapidTB, m *mirror, key frontKey, front *frontend) {
+	if front.guarded != (front.sources != nil) {
+		t.Fatalf("%s %v: guarded: %v, sources %v", m.name, key, front.guarded, front.sources)
+	}
+	if !front.guarded {
+		return
+	}
+	g := gate{key.door, front.balancer}
+	for _, c := range []chain{{name: g.name(), rules: g.rules()}, {name: fromChain(key.door), rules: m.fromRules(key.door, m.doors[key.door].lengths())}} {
+		var want []string
+		for _, r := range c.rules {
+			want = append(want, r.Fingerprint())
+		}
+		if !slices.Equal(m.chains[c.name], want) {
+			t.Fatalf("%s %v: chain %s is not as it should be", m.name, key, c.name)
+		}
+	}
+}
+
 type rapidTB interface {
 	Fatal(...any)
 	Fatalf(string, ...any)
@@ -98,7 +116,11 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 	for _, svc := range all {
 		for _, f := range families {
 			for _, w := range f.wants(nil, svc, f.plot(s.Ground()).serviceIPs()) {
-				c := frontendContent{action: refuse, sources: w.sources}
+				c := frontendContent{action: refuse}
+				from, closed := f.admits(&w)
+				if len(from) > 0 {
+					c.sources = fmt.Sprint(from)
+				}
 				var list []string
 				for _, e := range w.target.Endpoints {
 					if f.is(e.AddrPort.Addr()) {
@@ -108,9 +130,11 @@ func wantContent(s forwarding.State) map[string]frontendContent {
 					}
 				}
 				switch {
+				case closed:
+					c = frontendContent{action: drop}
 				case len(list) > 0:
 					slices.Sort(list)
-					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " "), w.sources, w.pin}
+					c = frontendContent{balance, w.hash, w.masq, strings.Join(list, " "), c.sources, w.pin}
 				case w.target.Action(f.bit) == forwarding.Drop:
 					c = frontendContent{action: drop}
 				}
@@ -173,7 +197,9 @@ func nft(t testing.TB, ns *netns.NS, input string, args ...string) string {
 	return out.String()
 }
 
-var someRanges = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/30"), netip.MustParsePrefix("2001:db8:1::/64")}
+var someRanges = []netip.Prefix{
+	netip.MustParsePrefix("192.0.2.0/30"), netip.MustParsePrefix("203.0.113.9/32"), netip.MustParsePrefix("2001:db8:1::/64"), netip.MustParsePrefix("2001:db8:9::9/128"),
+}
 
 // everything is a state in which each kind of rule occurs.
 func everything() forwarding.State {
@@ -214,7 +240,9 @@ func TestListedByNft(t *testing.T) {
 	for _, want := range []string{
 		"10.99.0.1 . tcp . 80 : goto services.0-hash-4-offmasq", "10.99.0.1 . tcp . 80 . 2 : 10.244.1.12 . 8080",
 		"fd00:99::1 . tcp . 80 . 0 : fd00:244:1::10 . 8080", "10.99.0.1 . sctp . 80 : goto refuse",
-		"ip saddr 192.0.2.0/30 goto services.0-pin-random-2-masq", "ip6 saddr 2001:db8:1::/64 goto services.0-pin-random-2-masq",
+		"198.51.100.7 . udp . 80 : goto guarded-services.0-pin-random-2-masq", "jump services-from", "198.51.100.7 . udp . 80 . 192.0.2.0", "2001:db8:7::7 . udp . 80 . 2001:db8:1::",
+		"ip daddr . meta l4proto . th dport . ip saddr & 255.255.255.252 @services-from-30 return", "ip daddr . meta l4proto . th dport . ip saddr @services-from-32 return",
+		"ip6 daddr . meta l4proto . th dport . ip6 saddr & ffff:ffff:ffff:ffff:: @services-from-64 return",
 		"timeout 3h : meta priority", "10.99.0.1 . udp . 80 . 2 : ", "meta l4proto . th dport . meta priority map @services.0-pinned",
 		"type nat hook prerouting priority dstnat - 5", "numgen random mod 4 map @services.0", "masquerade fully-random",
 	} {
@@ -247,7 +275,7 @@ func TestNames(t *testing.T) {
 		if got, ok := parseBalancer(b.name()); !ok || got != b {
 			t.Fatalf("%s reads back as %+v (%v), want %+v", b.name(), got, ok, b)
 		}
-		g := gate{families[0].sourcesOf([]netip.Prefix{clusterCIDRs[rapid.IntRange(0, 1).Draw(t, "ranges")]}), b}
+		g := gate{b.door, b}
 		if rapid.Bool().Draw(t, "refuse") {
 			g.to = balancer{}
 		}
@@ -264,10 +292,22 @@ func TestNames(t *testing.T) {
 			t.Errorf("%q is taken for %+v", name, b)
 		}
 	}
-	id := strings.Repeat("0a", 16)
-	for _, name := range []string{"", "from-here", "from-", "from-" + id, "from-" + id + "-", "from-" + id + "-x", "from-0a-refuse", "from-" + strings.ToUpper(id) + "-refuse", "from-" + strings.Repeat("0", 32) + "-refuse"} {
+	for _, name := range []string{"", "from-here", "guarded-", "guarded-refuse", "guarded--refuse", "guarded-services", "guarded-services.0-refuse", "guarded-other-refuse", "guarded-services.0-random-3", "services.0-random-2"} {
 		if g, ok := parseGate(name); ok {
 			t.Errorf("%q is taken for %+v", name, g)
+		}
+	}
+	for name, bits := range map[string]int{"services-from-1": 1, "services-here-from-32": 32, "services-from-33": 33} {
+		for _, f := range families {
+			d, got, ok := f.parseFromSet(name)
+			if fits := bits <= int(f.addrLen)*8; ok != fits || fits && (got != bits || fromSetName(d, bits) != name) {
+				t.Errorf("%s: %q is taken for %v %d (%v)", f.name, name, d, got, ok)
+			}
+		}
+	}
+	for _, name := range []string{"", "services-from", "services-from-", "services-from-0", "services-from-08", "services-from-x", "services-8", "nodeports-0000000000000001-from-8"} {
+		if d, bits, ok := families[1].parseFromSet(name); ok {
+			t.Errorf("%q is taken for %v %d", name, d, bits)
 		}
 	}
 }

@@ -9,7 +9,7 @@ import (
 
 // transaction collects what is to change. Made by Verify, it only notes that as drift.
 type transaction struct {
-	// new makes maps, chains and the rules of chains that had none; now changes rules and elements; late deletes chains and maps. They are committed
+	// new makes maps, chains and the rules of chains that had none; now changes rules and elements; late deletes chains, maps and what was replaced otherwise. They are committed
 	// one after the other, because a packet is not atomic: it keeps the generation of rules that it began with, but looks
 	// maps up in the current one. So it could follow a new verdict to a chain that has no rules yet in its own generation.
 	new, now, late nfnl.Batch
@@ -98,15 +98,11 @@ func (t *transaction) addChain(table nfnl.Table, c chain) {
 	t.new.AddChain(table, c.name, c.hook)
 }
 
-// setRules gives a chain its rules; live says that packets may pass it already.
-func (t *transaction) setRules(table nfnl.Table, c chain, live bool) {
+// setRules gives a chain its rules, in one of the transaction's batches.
+func (t *transaction) setRules(table nfnl.Table, c chain, batch *nfnl.Batch) {
 	if t.dry {
 		t.note(table, "chain", c.name, "differs: its rules are others")
 		return
-	}
-	batch := &t.new
-	if live {
-		batch = &t.now
 	}
 	batch.FlushChain(table, c.name) // even if it should have none: the dump that said so may have been incomplete
 	for _, r := range c.rules {
@@ -145,6 +141,15 @@ func (t *transaction) deleteElement(s *nfnl.Set, key []byte) {
 		return
 	}
 	t.now.DeleteElement(s, key)
+}
+
+// retireElement deletes an element after everything else has changed, for those packets that are already on their way to it.
+func (t *transaction) retireElement(s *nfnl.Set, key []byte) {
+	if t.dry {
+		t.noteElement(s, key, "unexpected")
+		return
+	}
+	t.late.DeleteElement(s, key)
 }
 
 // setRanges makes an interval set hold exactly these bounds. Packets see all or none of that.
