@@ -111,7 +111,8 @@ func Run(ctx context.Context, c Config) error {
 	}
 	running.Go(func() { logWaiting(ctx, c.Log, waitingPeriod, c.API.Host, c.NodeName, h.lacks) })
 	running.Go(func() { r.run(ctx) })
-	running.Go(func() { watchNeighbour(ctx, c.Log.WithName("kube-proxy"), kubeproxy.Find, r.beside) })
+	beside := &neighbour{log: c.Log.WithName("kube-proxy"), find: kubeproxy.Find, answers: func() bool { return kubeproxy.Answers(c.Health, c.Metrics) }}
+	running.Go(func() { beside.watch(ctx, r.beside) })
 	kernel := make(chan sysctl.Conntrack)
 	running.Go(func() { newTuner(c.Log.WithName("sysctl"), r.tuned).run(ctx, c.Settings.Conntrack, kernel) })
 	running.Go(func() { follow(ctx, c.Log, c.Changes, s, kernel) })

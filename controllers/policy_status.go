@@ -269,7 +269,7 @@ func (v policyView) takenOver() metav1.Condition {
 	case !v.resolved.TakesOver():
 		return not(reasonCoexist, "kubeProxy: Coexist covers only Services that users labelled %s=%s, which kube-proxy ignores", v1alpha1.LabelServiceProxyName, v1alpha1.ServiceProxyName)
 	case !v.kubeProxy.some:
-		return condition(v1alpha1.PolicyTakenOver, true, reasonNoKubeProxy, "no node has rules of kube-proxy, so there is nobody to take Services over from")
+		return condition(v1alpha1.PolicyTakenOver, true, reasonNoKubeProxy, "kube-proxy runs on no node, so there is nobody to take Services over from")
 	case len(v.leftOut) > 0:
 		return not(reasonNodesNotSelected, "kube-proxy goes on with the covered Services, because nodeSelector leaves nodes to it: %s; select all nodes, or set kubeProxy: Coexist and label Services", some(v.leftOut))
 	case both > 0 && len(v.kubeProxy.silent) > 0:

@@ -27,14 +27,14 @@ type hosts struct {
 	silent    []string // the Ready nodes whose agents do not report: what is decided now may not reach them
 }
 
-// kubeProxyHosts looks where kube-proxy's rules are. Callers hold mu.
+// kubeProxyHosts looks where kube-proxy runs. Callers hold mu.
 func (l *ledger) kubeProxyHosts() hosts {
 	h := hosts{absent: true}
 	for name, n := range l.nodes {
 		if !n.exists {
 			continue
 		}
-		present := n.kubeProxy != "" && n.kubeProxy != v1alpha1.KubeProxyAbsent
+		present := n.kubeProxy.Runs()
 		h.some = h.some || present
 		h.absent = h.absent && n.kubeProxy == v1alpha1.KubeProxyAbsent
 		if !present && n.ready {

@@ -112,9 +112,9 @@ var _ = Describe("TakeOver", func() {
 		Expect(t.assignment("a")).NotTo(BeNil())
 	})
 
-	It("touches no Service where no node has kube-proxy, until one has", func() {
+	It("touches no Service where kube-proxy runs on no node, until it does", func() {
 		t := newTenant()
-		t.node("n1", v1alpha1.KubeProxyAbsent, nil)
+		t.node("n1", v1alpha1.KubeProxyStopped, nil)
 		p := t.policy("", nil)
 		t.service("a", nil)
 		startManager(moving(time.Minute), nil)

@@ -1,5 +1,5 @@
-// Package kubeproxy finds out whether kube-proxy's rules are in a node's kernel. It asks for single objects that kube-proxy always has, so that it costs the same however many
-// Services there are, and it never writes.
+// Package kubeproxy finds out whether kube-proxy's rules are in a node's kernel, and whether it runs. It asks for single objects that kube-proxy always has, so that it costs the
+// same however many Services there are, and it never writes.
 package kubeproxy
 
 import (
@@ -17,9 +17,10 @@ import (
 // Mode is a mode of kube-proxy.
 type Mode string
 
-// Modes of kube-proxy, and that it is not there. They are named as the API names them.
+// Modes of kube-proxy, and that it is not there or does not run any more. They are named as the API names them.
 const (
 	Absent   Mode = "Absent"
+	Stopped  Mode = "Stopped"
 	IPTables Mode = "IPTables"
 	IPVS     Mode = "IPVS"
 	NFTables Mode = "NFTables"
@@ -34,7 +35,7 @@ const (
 	device = "kube-ipvs0"
 )
 
-// Find says which of kube-proxy's modes has rules in the calling thread's network namespace. Rules that a kube-proxy left when it ended count too: they forward. A
+// Find says which of kube-proxy's modes has rules in the calling thread's network namespace. Rules that a kube-proxy left when it ended count too; see Answers. A
 // kernel that lacks a facility has no rules in it.
 func Find() (Mode, error) {
 	var errs []error

@@ -53,20 +53,27 @@ type NodeProxyMode struct {
 	Services int32 `json:"services"`
 }
 
-// KubeProxyPresence tells whether kube-proxy's rules are in a node's kernel, and of which of its modes.
-// +kubebuilder:validation:Enum=Absent;IPTables;IPVS;NFTables
+// KubeProxyPresence tells whether kube-proxy runs on a node, and in which of its modes.
+// +kubebuilder:validation:Enum=Absent;Stopped;IPTables;IPVS;NFTables
 type KubeProxyPresence string
 
 const (
-	// KubeProxyAbsent: there are none.
+	// KubeProxyAbsent: none of its rules are in the kernel.
 	KubeProxyAbsent KubeProxyPresence = "Absent"
-	// KubeProxyIPTables: those of its mode iptables.
+	// KubeProxyStopped: its rules are in the kernel, but nobody answers at its ports: what changes is not followed any more.
+	KubeProxyStopped KubeProxyPresence = "Stopped"
+	// KubeProxyIPTables: it runs in mode iptables.
 	KubeProxyIPTables KubeProxyPresence = "IPTables"
-	// KubeProxyIPVS: those of its mode ipvs.
+	// KubeProxyIPVS: it runs in mode ipvs.
 	KubeProxyIPVS KubeProxyPresence = "IPVS"
-	// KubeProxyNFTables: those of its mode nftables.
+	// KubeProxyNFTables: it runs in mode nftables.
 	KubeProxyNFTables KubeProxyPresence = "NFTables"
 )
+
+// Runs says whether kube-proxy is known to run.
+func (p KubeProxyPresence) Runs() bool {
+	return p != "" && p != KubeProxyAbsent && p != KubeProxyStopped
+}
 
 // Condition types of a NodeProxyState.
 const (
@@ -117,7 +124,7 @@ type NodeProxyStateStatus struct {
 	// +optional
 	DriftRepairs int64 `json:"driftRepairs,omitempty"`
 
-	// kubeProxy tells whether kube-proxy's rules are in the node's kernel, and of which of its modes. Empty: not known.
+	// kubeProxy tells whether kube-proxy runs on the node, and in which of its modes. Empty: not known.
 	// +optional
 	KubeProxy KubeProxyPresence `json:"kubeProxy,omitempty"`
 

@@ -424,7 +424,7 @@ func nodeStateRejections() []rejection {
 		spec(`{serviceRanges: [10.99.0.0/16, 10.99.0.0/16]}`, `spec.serviceRanges[1]: Duplicate value: "10.99.0.0/16"`),
 		spec(many("serviceRanges", 4097, "%d.0.0.0/8"), `spec.serviceRanges: Too many: 4097: must have at most 4096 items`),
 
-		status(`{kubeProxy: Userspace}`, `status.kubeProxy: Unsupported value: "Userspace": supported values: "Absent", "IPTables", "IPVS", "NFTables"`),
+		status(`{kubeProxy: Userspace}`, `status.kubeProxy: Unsupported value: "Userspace": supported values: "Absent", "Stopped", "IPTables", "IPVS", "NFTables"`),
 		status(`{localPorts: [{}]}`, `status.localPorts[0].end: Required value`, `status.localPorts[0].start: Required value`),
 		status(`{localPorts: [{start: 0, end: 0}]}`,
 			`status.localPorts[0].end: Invalid value: 0: localPorts[0].end in body should be greater than or equal to 1`,
