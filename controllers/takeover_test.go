@@ -225,6 +225,7 @@ var _ = Describe("going back to kube-proxy", func() {
 		t.allocated(svc) // its last generation
 		t.programmed("a")
 		Eventually(t.label("a")).Should(Equal(handedOver + " by " + t.name))
+		Eventually(policyCondition(p, v1alpha1.PolicyTakenOver)).Should(HavePrefix("True TakenOver")) // who is quicker is not told of it
 		return t, p
 	}
 	gone := func(t *tenant) func() bool { return func() bool { return t.assignment("a") == nil } }
